@@ -1,0 +1,85 @@
+"""What the tests share: one thread, the repo's root, and a tiny data folder in VOC layout."""
+import contextlib
+import importlib
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(1)
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")        # as common.Env does for a CPU
+
+from wsss import common, data  # noqa: E402
+
+CLASSES = ["train", "boat", "cow"]
+LABELS = {"a_1": [0], "a_2": [1, 2], "a_3": [], "a_4": [0, 2], "a_5": [1]}
+
+
+def make_folder(root, labels=LABELS, size=(30, 40), seed=0):
+    """Pictures of noise, masks of one rectangle a class with a 255 border, lists `train` (all) and `val` (the first two)."""
+    rng = np.random.default_rng(seed)
+    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+        (root / name).mkdir(parents=True)
+    for n, (id, present) in enumerate(labels.items()):
+        h, w = size[0] + n % 2 * 4, size[1]
+        Image.fromarray(rng.integers(0, 256, (h, w, 3), dtype=np.uint8)).save(root / "JPEGImages" / f"{id}.jpg", quality=95)
+        mask = np.zeros((h, w), np.uint8)
+        for i, k in enumerate(present):
+            mask[4:h - 4, 3 + 18 * i:16 + 18 * i] = 255
+            mask[5:h - 5, 4 + 18 * i:15 + 18 * i] = k + 1
+        data.save_mask(root / "SegmentationClass" / f"{id}.png", mask)
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
+    (root / "labels.txt").write_text("".join(" ".join([id, *(CLASSES[k] for k in present)]) + "\n" for id, present in labels.items()))
+    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(labels))              # no last newline, as one published copy
+    (root / "ImageSets/Segmentation/val.txt").write_text("".join(f"{id}\n" for id in list(labels)[:2]))
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return make_folder(tmp_path / "data")
+
+
+def run(script, *flags, processes=1, check=True, timeout=120, env=None, **kwargs):
+    """Runs a script as a user does; with several processes under torchrun. Returns the finished process, output as text."""
+    head = [sys.executable] if processes == 1 else [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*head, str(script), *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}, **kwargs)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def call(script, *flags):
+    """The same in this process, for what needs no process of its own (a start costs seconds): `call("eval.py", "--out", x)`."""
+    module = importlib.import_module(Path(script).stem)
+    out, err, argv = io.StringIO(), io.StringIO(), sys.argv
+    sys.argv = [str(ROOT / script), *map(str, flags)]
+    code = 0
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            common.run(module.main)
+    except SystemExit as leaving:
+        code = leaving.code or 0
+    finally:
+        sys.argv = argv
+    return subprocess.CompletedProcess([script, *flags], code, out.getvalue(), err.getvalue())
+
+
+def refused(done, *words):
+    """Exit 1 and one clear line that holds all `words`; no traceback."""
+    lines = [line for line in done.stderr.strip().splitlines() if "it/s" not in line and "|" not in line]
+    assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
+    assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
+    for word in words:
+        assert word in lines[0], (word, lines[0])
+    return lines[0]

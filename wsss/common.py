@@ -1,0 +1,370 @@
+"""The plumbing that every stage shares and no paper describes: flags, processes, precision, whole files, checkpoints, log.
+
+    args = common.parser(__doc__, batch_size=64).parse_args()
+    env = common.Env(args)                                   # device, rank, precision; torchrun or plain python
+    loss = common.mean(losses.match_loss(...))               # over the pairs of all ranks
+    common.save(args.out / "match.pt", stage="match", ...)   # whole or not at all
+    common.run(main)                                         # bad input: one line and exit 1
+"""
+import argparse
+import contextlib
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+ROOT = Path(__file__).resolve().parent.parent
+AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
+MADE_BY = {  # finished weights -> the script to run when they are missing
+    "cls.pt": "train_cls.py", "match.pt": "train_match.py", "prompts.pt": "train_prompt.py", "refine.pt": "train_refine.py",
+    "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
+}
+# Flags that say where and how fast, not what: two runs that differ only in these give the same numbers.
+NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every")
+
+
+# ---------------------------------------------------------------- flags
+
+def parser(doc, split="train_aug", batch_size=1):
+    """The flags that all scripts share; the docstring of the script is its manual page."""
+    class Manual(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+        def _get_help_string(self, action):
+            return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+    p = argparse.ArgumentParser(description=doc, formatter_class=Manual)
+    g = p.add_argument_group("shared by all scripts")
+    g.add_argument("--data", type=Path, required=True, help="data folder in VOC layout (prepare_data.py check DIR says what is wrong with one)")
+    g.add_argument("--out", type=Path, required=True, help="folder that all stages of a run share")
+    g.add_argument("--split", default=split, help="list in ImageSets/Segmentation to work on")
+    g.add_argument("--batch-size", type=positive, default=batch_size, help="pictures a step, over all processes together")
+    g.add_argument("--workers", type=natural, default=4, help="loader or CRF processes for each process; 0: none")
+    g.add_argument("--seed", type=natural, default=0, help="seed of everything random")
+    g.add_argument("--device", default="auto", help="auto, cpu, cuda; auto takes a GPU if there is one")
+    g.add_argument("--amp", choices=list(AMP), default="bf16", help="precision of the networks; losses are always float32")
+    g.add_argument("--limit", type=natural, default=0, help="only the first N pictures, for a look; 0: all")
+    g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
+                   help="go on from what --out holds; --no-resume starts this stage again")
+    return p
+
+
+def natural(text):
+    if not text.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 up")
+    return int(text)
+
+
+def positive(text):
+    if natural(text) == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return int(text)
+
+
+def plain(args):
+    """Arguments as JSON and weights_only checkpoints hold them: no Path, no tuple."""
+    return {k: str(v) if isinstance(v, Path) else list(v) if isinstance(v, tuple) else v for k, v in vars(args).items()}
+
+
+def recipe(args):
+    """The part of the arguments that decides the numbers."""
+    return {k: v for k, v in (args if isinstance(args, dict) else plain(args)).items() if k not in NOT_THE_RECIPE}
+
+
+# ---------------------------------------------------------------- processes and precision
+
+class Env:
+    """One process of a run: its device, its rank among `world` processes, its precision, its seed."""
+
+    def __init__(self, args):
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.main = self.rank == 0
+        self.amp, self.seed = args.amp, args.seed
+        kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        if kind.startswith("cuda") and not torch.cuda.is_available():
+            raise ValueError("--device cuda: torch sees no GPU here; --device cpu or auto runs without one")
+        if kind == "cuda" and self.world > 1:
+            kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        try:
+            self.device = torch.device(kind)
+        except RuntimeError:
+            raise ValueError(f"--device {kind}: no such device; auto, cpu, cuda or cuda:1") from None
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        else:                                                 # some virtual machines advertise AMX and kill the process that uses it (bf16)
+            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+        if self.world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        args.out.mkdir(parents=True, exist_ok=True)
+        seed_all(args.seed + self.rank)                       # ranks draw different noise (DropPath), the same weights are broadcast by DDP
+
+    def autocast(self):
+        return torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off")
+
+    def scaler(self):
+        """Inert unless fp16, so that the loop has no branch."""
+        return torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+
+    def parallel(self, model):
+        """The model under DDP when there are several processes; weights and buffers then start as rank 0's."""
+        if self.world == 1:
+            return model
+        ids = [self.device.index] if self.device.type == "cuda" else None
+        return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+    def shard(self, items):
+        """This rank's share: disjoint, exhaustive, never padded."""
+        return list(items)[self.rank::self.world]
+
+    def sum(self, tensor):
+        """Sum over ranks; int64 stays exact."""
+        if self.world > 1:
+            tensor = tensor.to(self.device)
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self):
+        if self.world > 1:
+            dist.barrier()
+
+    def progress(self, items, desc, total=None, initial=0):
+        """A bar with the time left, on rank 0."""
+        return tqdm(items, desc=desc, total=total, initial=initial, disable=not self.main, dynamic_ncols=True, mininterval=0.5)
+
+    def close(self):
+        """Leave together: a rank that exits early takes the rendezvous store with it."""
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+def mean(values):
+    """Mean over the values (P,) of all ranks, such that DDP's average of gradients is the gradient of that mean.
+
+    Ranks hold different numbers of pairs, so the mean of per-rank means would weigh pairs differently:
+    sum * world / count, with the count summed over ranks. A rank with no pair contributes a zero that has a gradient."""
+    count = torch.tensor(values.numel(), dtype=torch.float32, device=values.device)
+    world = 1
+    if dist.is_initialized():
+        dist.all_reduce(count)
+        world = dist.get_world_size()
+    return values.sum() * world / count.clamp(min=1)
+
+
+def unwrap(model):
+    return getattr(model, "module", model)
+
+
+def seed_all(seed):
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)                                   # every GPU too
+
+
+# ---------------------------------------------------------------- whole files
+
+@contextlib.contextmanager
+def atomic(path):
+    """Write beside, then rename: a file that exists is whole."""
+    beside = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save(path, **content):
+    """A checkpoint of plain values and tensors."""
+    with atomic(path) as beside, open(beside, "wb") as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:                         # torch closes its archive over a full disk and reports that
+            raise error.__context__ if isinstance(error.__context__, OSError) else error
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_json(path, content):
+    with atomic(path) as beside:
+        beside.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def load(path, stage=None, classes=None, map_location="cpu"):
+    """A checkpoint of ours: of that stage and that class list, or one line that says what to do."""
+    path = Path(path)
+    if not path.exists():
+        script = MADE_BY.get(path.name, "the stage that makes it")
+        raise FileNotFoundError(f"{path} is missing: run {script} first (run_voc.sh has the order)")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:                                # zip, pickle and torch each raise their own for a foreign file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a checkpoint of this project ({reason}): remove it and run {MADE_BY.get(path.name, 'its stage')} again") from error
+    if not isinstance(content, dict) or "stage" not in content:
+        raise ValueError(f"{path} holds no stage: it is not one of our checkpoints; published weights go to --init")
+    if stage is not None and content["stage"] != stage:
+        raise ValueError(f"{path} is of stage {content['stage']!r}, {stage!r} is needed: run {MADE_BY.get(stage + '.pt', stage)}")
+    if classes is not None and content["classes"] != list(classes):
+        raise ValueError(f"{path} was trained on other classes ({describe(content['classes'])}) than this data folder's ({describe(classes)}): "
+                         f"give the --data it was trained on, or another --out")
+    return content
+
+
+def load_weights(model, weights, path):
+    """Strict: a wrong name or shape is an error that names the file, never a print."""
+    try:
+        unwrap(model).load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        problems = " ".join(line.strip() for line in str(error).splitlines()[1:3])
+        raise ValueError(f"{path} does not fit this network: {problems[:300]}") from error
+
+
+def describe(classes):
+    return f"{len(classes)}: {', '.join(list(classes)[:3])}{', ...' if len(classes) > 3 else ''}"
+
+
+def finished(path, args):
+    """True when `path` was made by the same recipe. Made by another one it is refused, never taken in silence."""
+    if not Path(path).exists() or not args.resume:
+        return False
+    same_recipe(path, load(path)["args"], args)
+    return True
+
+
+def same_recipe(path, before, args):
+    before, now = recipe(before), recipe(args)
+    other = [f"--{k.replace('_', '-')} {before.get(k)} (now {now.get(k)})" for k in {**before, **now} if before.get(k) != now.get(k)]
+    if other:
+        raise ValueError(f"{path} was made with {', '.join(other)}: take another --out, or --no-resume to replace it")
+
+
+# ---------------------------------------------------------------- resume
+
+def save_state(path, model, optimizer, scheduler, scaler, epoch, step, args):
+    """Everything the next step depends on: call it on all ranks, rank 0 writes. `step`: batches of `epoch` already done."""
+    rng = {"python": random.getstate(), "numpy": numpy_state(), "torch": torch.get_rng_state(),
+           "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
+    ranks = [rng]
+    if dist.is_initialized():
+        ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(ranks, rng)
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        save(path, model=unwrap(model).state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
+             scaler=scaler.state_dict(), rng=ranks, epoch=epoch, step=step, args=plain(args))
+
+
+def load_state(path, model, optimizer, scheduler, scaler, args):
+    """-> (epoch, step) to go on from; (0, 0) when there is nothing to resume."""
+    path = Path(path)
+    if not path.exists() or not args.resume:
+        return 0, 0
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    same_recipe(path, state["args"], args)
+    load_weights(model, state["model"], path)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    scaler.load_state_dict(state["scaler"])
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    if rank < len(state["rng"]):                              # more ranks than before: the new ones keep their fresh seed
+        set_rng(state["rng"][rank])
+    return state["epoch"], state["step"]
+
+
+def numpy_state():
+    kind, keys, *rest = np.random.get_state()
+    return [kind, torch.from_numpy(keys.astype(np.int64)), *rest]
+
+
+def set_rng(rng):
+    version, internal, gauss = rng["python"]
+    random.setstate((version, tuple(internal), gauss))
+    kind, keys, *rest = rng["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+
+
+# ---------------------------------------------------------------- log
+
+class Log:
+    """<stage>.jsonl: first line arguments and versions, then one line for each log step. Rank 0 writes.
+
+    Resumed at `step`, it drops what was logged after the state that is resumed from: the file reads as if never interrupted."""
+
+    def __init__(self, path, args, env, step=0):
+        self.path, self.env, self.start = Path(path), env, time.time()
+        if not env.main:
+            return
+        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        kept = [line for line in lines[1:] if whole(line) and json.loads(line)["step"] <= step]
+        with atomic(self.path) as beside:
+            beside.write_text("\n".join([json.dumps({"args": plain(args), "versions": versions(), "world": env.world}), *kept]) + "\n")
+
+    def __call__(self, step, **values):
+        """Tensors are read here and nowhere else: this is the one place that waits for the device."""
+        if self.env.main:
+            row = {k: round(float(v), 6) if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
+            with open(self.path, "a") as file:
+                file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 1), **row}) + "\n")
+
+
+def whole(line):
+    """False for the torn last line of a killed run."""
+    try:
+        return "step" in json.loads(line)
+    except json.JSONDecodeError:
+        return False
+
+
+def versions():
+    found = {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__, "platform": platform.platform()}
+    git = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    with contextlib.suppress(OSError):                        # no git on this machine
+        answer = subprocess.run(git, capture_output=True, text=True)
+        found["commit"] = answer.stdout.strip() if answer.returncode == 0 else None
+    return found
+
+
+# ---------------------------------------------------------------- the way out
+
+def run(main):
+    """Runs a script's main. What we or the system refuse ends in one line and exit 1; a bug keeps its traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError) as error:
+        if not ours(error):
+            raise
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def ours(error):
+    """Refused by a line of this repo or by the operating system, here or in a loader's worker; else it is a bug."""
+    if isinstance(error, OSError):
+        return True
+    frames = re.findall(r'File "([^"]+)", line', str(error))  # a worker's traceback travels as text
+    if not frames:
+        frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
+    return Path(frames[-1]).resolve().parent in (ROOT, ROOT / "wsss")
+
+
+def one_line(error):
+    if isinstance(error, OSError) and error.errno and error.filename:
+        return f"{error.filename}: {error.strerror}; check that the folder exists, is writable and has room"
+    if isinstance(error, OSError) and error.errno:
+        return f"{error.strerror}: is the disk of --out full or gone?"
+    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")

@@ -1,0 +1,459 @@
+"""Data folders in VOC layout: lists, labels, class names and texts, pictures, masks, maps.
+
+    folder = data.Folder("data/toy")              # VOC, COCO prepared, the toy world or your own pictures
+    ids = folder.ids("train")                     # ImageSets/Segmentation/train.txt
+    labels = folder.labels(ids)                   # (n, C) float, 1 where the class is present
+    image, truth = folder.image(ids[0]), folder.truth(ids[0])
+
+Class index 0..C-1 in every tensor; +1 only in a label map (`.png`), where 0 is background and 255 is ignored.
+Nothing is read outside the folder, no file runs code, and every refusal names the file and the remedy.
+"""
+import contextlib
+import os
+import pickle
+import xml.etree.ElementTree as ElementTree
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch.utils.data import Dataset, Sampler
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+IGNORE = 255
+PICTURES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+
+VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
+               "pottedplant sheep sofa train tvmonitor").split()
+COCO_CLASSES = (
+    "person,bicycle,car,motorcycle,airplane,bus,train,truck,boat,traffic light,fire hydrant,stop sign,parking meter,bench,bird,cat,"
+    "dog,horse,sheep,cow,elephant,bear,zebra,giraffe,backpack,umbrella,handbag,tie,suitcase,frisbee,skis,snowboard,sports ball,kite,"
+    "baseball bat,baseball glove,skateboard,surfboard,tennis racket,bottle,wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,"
+    "orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,laptop,mouse,remote,keyboard,"
+    "cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush").split(",")
+# From the authors' code, not in the paper: CLIP-ES writes synonyms into the class name.
+SYNONYMS = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
+VOC_BACKGROUNDS = ("ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house mountain "
+                   "ocean road rock street valley bridge sign").split()
+COCO_BACKGROUNDS = [name for name in VOC_BACKGROUNDS if name not in ("keyboard", "sign")]
+
+
+# ---------------------------------------------------------------- the folder
+
+class Folder:
+    """One data folder: JPEGImages/, ImageSets/Segmentation/<split>.txt, labels.txt or cls_labels.npy or Annotations/*.xml,
+    classes.txt (else VOC's twenty), backgrounds.txt (else VOC's or COCO's); SegmentationClass[Aug]/ only to score."""
+
+    def __init__(self, root):
+        self.root = Path(root)
+        if not (self.root / "JPEGImages").is_dir():
+            raise FileNotFoundError(f"{self.root / 'JPEGImages'} is missing: --data is a folder in VOC layout "
+                                    "(make_toy.py makes one, prepare_data.py prepares VOC and COCO)")
+        self.classes = self._names("classes.txt", VOC_CLASSES)
+        usual = COCO_BACKGROUNDS if self.classes == COCO_CLASSES else VOC_BACKGROUNDS
+        self.backgrounds = self._names("backgrounds.txt", usual)
+        self._labels = None
+
+    def _names(self, name, default):
+        path = self.root / name
+        if not path.exists():
+            return list(default)
+        names = [line.strip() for line in read_lines(path) if line.strip()]
+        if not names or len(set(names)) < len(names):
+            raise ValueError(f"{path} must hold one name a line, none twice")
+        if "background" in names:
+            raise ValueError(f"{path} lists 'background': remove it, it is label 0 of every mask and no class")
+        if len(names) > 254:
+            raise ValueError(f"{path} lists {len(names)} classes, an 8-bit mask holds 254")
+        return names
+
+    # -- lists
+
+    def ids(self, split, limit=0):
+        """Ids of a split, in the order of its list; the first `limit` if that is not 0."""
+        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        if not path.exists() and split == "train_aug":
+            ids = self._train_aug()
+        elif not path.exists():
+            there = sorted(p.stem for p in path.parent.glob("*.txt"))
+            raise FileNotFoundError(f"{path} is missing: --split is one of {', '.join(there) or 'no list at all'}")
+        else:
+            ids = [parse_id(line, path) for line in read_lines(path) if line.strip()]
+        if not ids:
+            raise ValueError(f"{path} is empty: give a split that holds pictures")
+        if len(set(ids)) < len(ids):
+            twice = next(i for n, i in enumerate(ids) if i in set(ids[:n]))
+            raise ValueError(f"{path} lists {twice} twice: remove one line")
+        return ids[:limit] if limit else ids
+
+    def _train_aug(self):
+        """Every mask of SegmentationClassAug that is not in val: (SBD + VOC train) - VOC val, 10,582 pictures; no list needed."""
+        masks = self.root / "SegmentationClassAug"
+        if not masks.is_dir():
+            raise FileNotFoundError(f"{self.root}: neither ImageSets/Segmentation/train_aug.txt nor SegmentationClassAug/ is there: "
+                                    "run prepare_data.py voc, or give --split train")
+        return sorted({p.stem for p in masks.glob("*.png")} - set(self.ids("val")))
+
+    # -- labels
+
+    def labels(self, ids):
+        """(n, C) float32, 1 where the picture holds the class. A picture without any class is a row of zeros."""
+        if self._labels is None:
+            self._labels = self._read_labels()
+        out = torch.zeros(len(ids), len(self.classes))
+        for row, id in zip(out, ids):
+            row[self._present(id)] = 1
+        return out
+
+    def _read_labels(self):
+        """{id: class indices} of the whole folder, and the file they came from (None: one XML a picture, read when asked for)."""
+        for name, read in (("labels.txt", read_label_list), ("cls_labels.npy", read_cls_labels)):
+            if (self.root / name).exists():
+                return read(self.root / name, self.classes), self.root / name
+        if (self.root / "Annotations").is_dir():
+            return {}, None
+        raise FileNotFoundError(f"{self.root} holds no labels: write labels.txt (a line a picture: id class class ...)")
+
+    def _present(self, id):
+        table, source = self._labels
+        if id not in table and source is None:
+            table[id] = read_xml(self.root / "Annotations" / f"{id}.xml", self.classes)
+        if id not in table and source.suffix == ".npy":                    # IRN's integer keys: 2007_000032 is 2007000032
+            id = "".join(filter(str.isdigit, id)).lstrip("0")
+        if id not in table:
+            raise ValueError(f"{source} has no entry for {id}: add one (the id alone if no class is present)")
+        return table[id]
+
+    # -- pictures and truth
+
+    def picture(self, id):
+        for suffix in PICTURES:
+            path = self.root / "JPEGImages" / f"{id}{suffix}"
+            if path.exists():
+                return path
+        raise FileNotFoundError(f"{self.root / 'JPEGImages' / id}.jpg is missing: put the picture there or take {id} off the list")
+
+    def image(self, id):
+        """(3, H, W) float RGB in [0, 1]: every network owns its mean and std."""
+        return to_float(load_image(self.picture(id)))
+
+    def mask_path(self, id):
+        """Native VOC masks (with 255 borders) before SBD's."""
+        for name in ("SegmentationClass", "SegmentationClassAug"):
+            path = self.root / name / f"{id}.png"
+            if path.exists():
+                return path
+        raise FileNotFoundError(f"{self.root / 'SegmentationClass' / id}.png is missing: scoring needs true masks, training does not")
+
+    def truth(self, id):
+        """(H, W) uint8 label map: 0 background, 1..C, 255 ignored."""
+        return load_mask(self.mask_path(id), len(self.classes))
+
+
+def read_lines(path):
+    """Lines of a text file; CRLF and a byte order mark are ordinary."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+
+
+def parse_id(line, path):
+    """`2007_000032`, or a pair `/JPEGImages/x.jpg /SegmentationClassAug/x.png`. An id is a file name: it cannot leave the folder."""
+    text = line.strip()
+    first = text.split()[0]
+    parts = Path(first).parts
+    if "JPEGImages" in parts[:-1] and ".." not in parts and parts.index("JPEGImages") == len(parts) - 2:
+        return check_id(Path(first).stem, path)
+    return check_id(text, path)
+
+
+def check_id(id, path):
+    if not id or id.startswith(".") or set(id) & set("/\\\0") or id != id.strip():
+        raise ValueError(f"{path}: {id!r} is no picture id: write the file name without folder and ending")
+    return id
+
+
+def read_label_list(path, classes):
+    """labels.txt: `id class class ...`, split at tabs if there is one, else at blanks; names (blanks as _) or indices 0..C-1."""
+    index = {name: k for k, name in enumerate(classes)}
+    index.update({name.replace(" ", "_"): k for name, k in list(index.items())})
+    labels = {}
+    for number, line in enumerate(read_lines(path), 1):
+        if not line.strip():
+            continue
+        id, *names = [t.strip() for t in line.split("\t")] if "\t" in line else line.split()
+        check_id(id, path)
+        if id in labels:
+            raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one")
+        present = set()
+        for name in filter(None, names):
+            if name not in index and not (name.isdigit() and int(name) < len(classes)):
+                raise ValueError(f"{path}:{number}: {name!r} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...)")
+            present.add(index[name] if name in index else int(name))
+        labels[id] = sorted(present)
+    return labels
+
+
+def read_xml(path, classes):
+    """Names of the objects in a VOC annotation, "difficult" ones included."""
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: labels come from labels.txt or from one XML a picture")
+    try:
+        names = {(o.findtext("name") or "").strip() for o in ElementTree.parse(path).getroot().findall("object")}
+    except (ElementTree.ParseError, LookupError, ValueError) as error:
+        raise ValueError(f"{path} is not readable XML ({error}): download it again or write labels.txt") from None
+    unknown = names - set(classes)
+    if unknown:
+        raise ValueError(f"{path}: {sorted(unknown)[0]!r} is not in classes.txt ({len(classes)} classes): add it there or correct the annotation")
+    return sorted(classes.index(name) for name in names)
+
+
+class Restricted(pickle.Unpickler):
+    """Reads other projects' pickled .npy: numpy arrays and plain values; anything that could run code is refused."""
+    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    allowed |= {(f"numpy.{core}.{module}", name) for core in ("core", "_core")
+                for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return super().find_class(module, name)
+
+
+def read_cls_labels(path, classes):
+    """Foreign cls_labels.npy: a pickled dict, keys int32 (IRN) or str (the rest), values multi-hot (C,). -> {id: indices}"""
+    try:
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            _, _, dtype = read(file)
+            if dtype.hasobject:
+                table = Restricted(file).load().item()
+            else:
+                raise ValueError("it holds a plain array, not a dict")
+        labels = {str(key): np.flatnonzero(value).tolist() for key, value in table.items()}
+    except Exception as error:                                             # pickle raises whatever its bytes provoke
+        raise ValueError(f"{path} is refused ({error}): a dict from id to multi-hot labels is expected; labels.txt says the same in plain text") from None
+    wrong = [key for key, value in table.items() if np.shape(value) != (len(classes),)]
+    if wrong:
+        raise ValueError(f"{path}: labels of {wrong[0]} have shape {np.shape(table[wrong[0]])}, classes.txt has {len(classes)} classes")
+    return labels
+
+
+# ---------------------------------------------------------------- texts
+
+def class_texts(classes, template="a photo of {}.", synonyms=False):
+    """Texts for CLIP: `template` over class names; CLIP-ES's synonyms in the name if asked."""
+    return [template.format(SYNONYMS.get(name, name) if synonyms else name) for name in classes]
+
+
+# ---------------------------------------------------------------- pictures
+
+def load_image(path):
+    """Any picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white."""
+    try:
+        with Image.open(path) as file:
+            image = ImageOps.exif_transpose(file)                          # reads the pixels: a truncated file ends here
+            if image.mode.startswith("I") or image.mode == "F":
+                values = np.asarray(image, dtype=np.float64)
+                top = 65535 if image.mode.startswith("I") and values.max(initial=0) > 255 else 255
+                return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+            if "A" in image.getbands() or "transparency" in image.info:
+                image = image.convert("RGBA")
+                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+            return image.convert("RGB")
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, FileNotFoundError):
+            raise
+        raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
+
+
+def to_float(image):
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+
+
+# ---------------------------------------------------------------- masks
+
+def palette():
+    """The 256 colours of VOC, (256, 3) uint8: bits of the index spread over the channels, highest colour bit first."""
+    index = np.arange(256)
+    colours = np.zeros((256, 3), dtype=np.uint8)
+    for bit in range(8):
+        for channel in range(3):
+            colours[:, channel] |= ((index >> (3 * bit + channel) & 1) << (7 - bit)).astype(np.uint8)
+    return colours
+
+
+def load_mask(path, num_classes=None):
+    """Label map (H, W) uint8 from a palette, grey or exact-palette-colour PNG. With `num_classes`, values outside 0..C and 255 are refused."""
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
+    try:
+        with Image.open(path) as image:
+            values, mode = np.array(image), image.mode
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable mask ({error}): replace it") from None
+    if mode in ("RGB", "RGBA"):
+        values = from_colours(values[..., :3], path)
+    elif values.ndim != 2 or mode not in ("P", "L", "I", "I;16", "1"):
+        raise ValueError(f"{path} has mode {mode}: a mask is a palette or grey PNG of class indices")
+    if values.size and values.max() > 255 or values.min(initial=0) < 0:
+        raise ValueError(f"{path} holds label {values.max()}: masks hold 0..C and 255")
+    values = values.astype(np.uint8)
+    if num_classes is not None:
+        outside = values[(values > num_classes) & (values != IGNORE)]
+        if outside.size:
+            raise ValueError(f"{path} holds label {outside.max()}, classes.txt has {num_classes} classes: "
+                             "is it of another data set, or 90-id COCO? (prepare_data.py check)")
+    return values
+
+
+def from_colours(values, path):
+    """Three channels: exact palette colours become indices, anything else is refused."""
+    code = values.astype(np.int64) @ [65536, 256, 1]                        # (H, W)
+    table = palette().astype(np.int64) @ [65536, 256, 1]
+    order = np.argsort(table)
+    place = order[np.searchsorted(table[order], code).clip(0, 255)]
+    if (table[place] != code).any():
+        raise ValueError(f"{path} is a colour picture whose colours are not VOC's palette: write class indices (data.save_mask does)")
+    return place
+
+
+@contextlib.contextmanager
+def atomic(path):
+    """Write beside, then rename (as common.atomic: a shared module imports no other)."""
+    beside = Path(path).with_name(f".{Path(path).name}.part")
+    try:
+        yield beside
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def save_mask(path, mask):
+    """Label map (H, W) -> 8-bit palette PNG in VOC's colours, whole or not at all."""
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or mask.size and (mask.min() < 0 or mask.max() > 255):
+        raise ValueError(f"{path}: a mask is (H, W) with values 0..255, not {mask.shape}")
+    image = Image.fromarray(mask.astype(np.uint8), mode="L")
+    image.putpalette(palette().ravel().tolist())                           # turns L into P, the indices stay
+    with atomic(path) as beside:
+        image.save(beside, format="PNG")
+
+
+# ---------------------------------------------------------------- maps
+
+def present(labels):
+    """Ascending indices of the present classes of one picture's multi-hot labels (C,)."""
+    labels = np.asarray(labels)
+    if labels.ndim != 1 or not np.isin(labels, (0, 1)).all():
+        raise ValueError(f"labels are multi-hot (C,), not {labels.tolist()}")
+    return np.flatnonzero(labels)
+
+
+def save_cam(path, cam):
+    """Maps (P, h, w), one row per present class, ascending -> plain float16 .npy."""
+    with atomic(path) as beside, open(beside, "wb") as file:
+        np.save(file, np.asarray(cam, dtype=np.float16), allow_pickle=False)
+
+
+def load_cam(path, labels):
+    """-> (indices of the classes present (P,), maps (P, h, w) float32). `labels` multi-hot (C,) says which rows these are."""
+    path, classes = Path(path), present(labels)
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing: run make_cam.py first (run_voc.sh has the order)")
+    try:
+        cam = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ValueError(f"{path} is not a plain .npy array ({str(error).splitlines()[0]}): remove it and run make_cam.py again") from None
+    if not isinstance(cam, np.ndarray) or cam.dtype.kind != "f" or cam.ndim != 3:
+        raise ValueError(f"{path} holds {getattr(cam, 'dtype', type(cam).__name__)} {np.shape(cam)}, maps are float (P, h, w): run make_cam.py again")
+    if len(cam) != len(classes):
+        raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
+    if not np.isfinite(cam).all():
+        raise ValueError(f"{path} holds NaN or infinity: remove it and run make_cam.py again")
+    return classes, cam.astype(np.float32)
+
+
+def resize_maps(cam, size):
+    """(P, h, w) -> (P, H, W) bilinear torch tensor; P = 0 is ordinary."""
+    cam = torch.as_tensor(cam)
+    if cam.shape[0] == 0 or tuple(cam.shape[1:]) == tuple(size):
+        return cam.new_zeros((0, *size)) if cam.shape[0] == 0 else cam
+    return torch.nn.functional.interpolate(cam[None].float(), tuple(size), mode="bilinear", align_corners=False)[0]
+
+
+def add_background(cam, rule="constant", value=0.43):
+    """(P, H, W) maps in [0, 1] -> (1 + P, H, W) with the background first: `constant` t, or `power` a: (1 - max)^a (CLIP-ES)."""
+    if rule == "constant" or cam.shape[0] == 0:
+        background = torch.full_like(cam.new_empty((1, *cam.shape[1:])), value if rule == "constant" else 1.0)
+    else:
+        background = (1 - cam.amax(dim=0, keepdim=True)).clamp(min=0) ** value
+    return torch.cat([background, cam])
+
+
+# ---------------------------------------------------------------- training samples
+
+def train_transform(size, scale=(0.08, 1.0), randaugment=False):
+    """RandomResizedCrop and flip of picture and mask alike; RandAugment m9 if asked (SemPLeS (a), (c))."""
+    steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip()]
+    if randaugment:
+        steps.append(v2.RandAugment(magnitude=9, interpolation=v2.InterpolationMode.BILINEAR))
+    return v2.Compose(steps)
+
+
+class Samples(Dataset):
+    """Augmented training samples. Each draws its noise from (seed, epoch, picture) alone: not from the process, the
+    worker or the batch it happens to be in. So any number of processes sees the same crops, and a resumed run too."""
+
+    def __init__(self, folder, ids, transform, seed=0, masks=None):
+        """`masks`: id -> path of a label map, for segmentation; the mask is then transformed with the picture."""
+        self.folder, self.ids, self.labels = folder, ids, folder.labels(ids)
+        self.transform, self.seed, self.masks = transform, seed, masks
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, key):
+        """(epoch, i) -> picture (3, h, w) in [0, 1], labels (C,), or picture and mask (h, w) int64."""
+        epoch, i = key
+        image = tv_tensors.Image(np.array(load_image(self.folder.picture(self.ids[i]))).transpose(2, 0, 1))
+        parts = (image,) if self.masks is None else (image, tv_tensors.Mask(self.mask(i, image)))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(hash((self.seed, epoch, i)) & 0x7FFFFFFFFFFFFFFF)
+            out = self.transform(*parts)
+        if self.masks is None:
+            return out.as_subclass(torch.Tensor).float() / 255, self.labels[i]
+        return out[0].as_subclass(torch.Tensor).float() / 255, out[1].as_subclass(torch.Tensor).long()
+
+    def mask(self, i, image):
+        path = self.masks(self.ids[i])
+        mask = load_mask(path, len(self.folder.classes))
+        if mask.shape != tuple(image.shape[1:]):
+            raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its picture {image.shape[2]}x{image.shape[1]}: make the mask again")
+        return torch.from_numpy(mask)
+
+
+class Batches(Sampler):
+    """Batches of one epoch as lists of (epoch, i) keys, this rank's share of each: `batch_size` counts all processes.
+
+    A last batch that is not full is left out while training, unless it is the only one. `skip` batches are passed over (resume)."""
+
+    def __init__(self, length, batch_size, env, seed=0):
+        self.length, self.batch_size, self.env, self.seed = length, min(batch_size, length), env, seed
+        self.epoch, self.skip = 0, 0
+
+    def __len__(self):
+        return self.length // self.batch_size
+
+    def start(self, epoch, skip=0):
+        self.epoch, self.skip = epoch, skip
+
+    def __iter__(self):
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(hash((self.seed, self.epoch)) & 0x7FFFFFFFFFFFFFFF))
+        for step in range(self.skip, len(self)):
+            batch = order[step * self.batch_size:(step + 1) * self.batch_size].tolist()
+            yield [(self.epoch, i) for i in self.env.shard(batch)]
