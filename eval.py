@@ -2,7 +2,7 @@
 
 Paper   mIoU of SemPLeS Tables 1-6 and VPL Tables 1-7
 Reads   --data (true masks)   <out>/cam/*.npy (--what cam)   <out>/pseudo/*.png (--what pseudo)   --pred DIR/*.png (--what masks)
-Writes  <out>/eval_<what>_<split>.json: miou, iou by class, pixel_accuracy, protocol
+Writes  <out>/eval_<what>_<split>.json (of other maps eval_<--cam>_<split>.json): miou, iou by class, pixel_accuracy, protocol
 
 mIoU comes from one confusion matrix over all pixels of the split, background counted, 255 in the truth left out, 255 in a
 prediction a miss; it is the mean over the classes that occur in the truth or the prediction, the others are listed.
@@ -26,6 +26,7 @@ def parse():
     p = common.parser(__doc__, split="train")
     p.add_argument("--what", choices=["cam", "pseudo", "masks"], required=True, help="maps, pseudo masks, or the masks in --pred")
     p.add_argument("--pred", type=Path, help="folder of <id>.png label maps (--what masks)")
+    p.add_argument("--cam", default="cam", help="folder of maps in --out (--what cam)")
     p.add_argument("--background", choices=["constant", "power"], default="constant",
                    help="background score of a map: a constant, or (1 - max)^alpha as in CLIP-ES")
     p.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO)")
@@ -69,7 +70,7 @@ def score_maps(args, folder, ids, labels, env):
     total = torch.zeros(len(thresholds), count, count + 1, dtype=torch.int64)
     for n in env.progress(env.shard(range(len(ids))), f"eval {args.what}"):
         truth = torch.from_numpy(folder.truth(ids[n]))
-        classes, cam = data.load_cam(args.out / "cam" / f"{ids[n]}.npy", labels[n])
+        classes, cam = data.load_cam(args.out / args.cam / f"{ids[n]}.npy", labels[n])
         label, score = foreground(cam, classes, truth.shape)
         total[:, :, :count] += metrics.sweep(truth, label, score.double(), thresholds, count)
     return total[order.argsort()]
@@ -99,7 +100,7 @@ def protocol(args, ids):
              "pred": args.pred and str(args.pred), "oracle": False, "mean_over": "classes in truth or prediction, background included"}
     if args.what == "cam":
         facts |= {"background": args.background, "value": args.threshold if args.background == "constant" else args.alpha}
-    made_by = args.out / f"{args.what}.json"                                # cam.json, pseudo.json: source, scales, CRF
+    made_by = args.out / f"{args.cam if args.what == 'cam' else args.what}.json"                                # cam.json, pseudo.json: source, scales, CRF
     if args.what != "masks":
         facts["made_by"] = json.loads(made_by.read_text()) if made_by.exists() else None
     return facts
@@ -144,7 +145,7 @@ def main():
             found["protocol"]["oracle"] = "the threshold of oracle_best was chosen on the truth of this split"
             found["oracle_best"] = {"threshold": ORACLE[best].item(), "miou": scores[best]}
             found["oracle_sweep"] = {f"{t:.2f}": s for t, s in zip(ORACLE.tolist(), scores)}
-        common.save_json(args.out / f"eval_{args.what}_{args.split}.json", found)
+        common.save_json(args.out / f"eval_{args.cam if args.what == 'cam' else args.what}_{args.split}.json", found)
         show(found)
     env.close()
 

@@ -83,3 +83,20 @@ def refused(done, *words):
     for word in words:
         assert word in lines[0], (word, lines[0])
     return lines[0]
+
+
+@pytest.fixture(scope="session")
+def tiny_clip(tmp_path_factory):
+    """A random CLIP of OpenAI's architecture in a few channels, as a plain state dict; the vocabulary is the real one.
+
+    Both towers lean towards one direction, so that cosines are about a half as in a trained one: at random they are clamped, and have no gradient."""
+    from clip.model import CLIP
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("clip") / "clip.pt"
+    model = CLIP(embed_dim=16, image_resolution=16, vision_layers=2, vision_width=64, vision_patch_size=8, context_length=77, vocab_size=49408,
+                 transformer_width=64, transformer_heads=1, transformer_layers=2)
+    for norm, projection in ((model.ln_final, model.text_projection), (model.visual.ln_post, model.visual.proj)):
+        norm.bias.data.fill_(1.0)
+        projection.data = torch.randn_like(projection) * 0.1 + 0.01
+    torch.save(model.state_dict(), path)
+    return path

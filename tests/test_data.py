@@ -372,12 +372,12 @@ def test_noise_depends_on_picture_and_epoch_alone(voc):
     folder = data.Folder(voc)
     ids = folder.ids("train")
     samples = data.Samples(folder, ids, data.train_transform(16, randaugment=True), seed=3)
-    image, labels = samples[0, 1]
+    image, labels, number = samples[0, 1]
     assert image.shape == (3, 16, 16) and image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
-    assert type(image) is torch.Tensor and labels.tolist() == [0, 1, 1]
+    assert type(image) is torch.Tensor and labels.tolist() == [0, 1, 1] and number == 1
     before = torch.get_rng_state()
     torch.rand(3)
-    again, _ = samples[0, 1]
+    again, *_ = samples[0, 1]
     assert torch.equal(image, again) and not torch.equal(image, samples[1, 1][0])
     torch.set_rng_state(before)
     samples[0, 2]
@@ -392,7 +392,7 @@ def test_picture_and_mask_move_together(voc):
         Image.fromarray(np.repeat((mask > 0)[..., None] * np.uint8(255), 3, 2)).save(voc / "JPEGImages" / f"{id}.png")
         (voc / "JPEGImages" / f"{id}.jpg").unlink()
     samples = data.Samples(folder, folder.ids("train"), data.train_transform(120, scale=(.5, 1)), masks=folder.mask_path)
-    image, mask = samples[0, 1]
+    image, mask, _ = samples[0, 1]
     assert mask.dtype == torch.int64 and set(mask.unique().tolist()) <= {0, 2, 3, 255}
     assert .2 < (mask > 0).float().mean() < .8
     assert ((image[0] > .5) == (mask > 0)).float().mean() > .95                 # bicubic against nearest at the border

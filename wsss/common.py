@@ -8,6 +8,7 @@
 """
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import platform
@@ -31,7 +32,7 @@ MADE_BY = {  # finished weights -> the script to run when they are missing
     "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
 }
 # Flags that say where and how fast, not what: two runs that differ only in these give the same numbers.
-NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every")
+NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every", "log_every")
 
 
 # ---------------------------------------------------------------- flags
@@ -56,6 +57,34 @@ def parser(doc, split="train_aug", batch_size=1):
     g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                    help="go on from what --out holds; --no-resume starts this stage again")
     return p
+
+
+def matching(p, mask_eps=0.1):
+    """The flags of the stages that show CLIP the regions of a mask."""
+    g = p.add_argument_group("CLIP and masks")
+    g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--template", default="a photo of {}.", help="text of a class")
+    g.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of S's attention fusion (max: VOC, avg: COCO)")
+    g.add_argument("--mask-eps", type=float, default=mask_eps, help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
+    g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
+                   help="what a removed pixel becomes: mean colour, black, or the mean colour under ImageNet's statistics (authors' code)")
+    g.add_argument("--micro-batch", type=natural, default=0, help="regions CLIP encodes at a time, to save memory; 0: all of a step")
+    return g
+
+
+def training(p, epochs=60, lr=6.4e-5, weight_decay=0.03, crop=224, randaugment=True, erase=0.25):
+    """The flags of the stages that train on random crops; the defaults are those of the paper's VOC recipe for the stage."""
+    g = p.add_argument_group("training")
+    g.add_argument("--epochs", type=positive, default=epochs)
+    g.add_argument("--lr", type=float, default=lr, help="AdamW's first rate, as it is used: the paper's number times batch / 512; cosine to 0")
+    g.add_argument("--weight-decay", type=float, default=weight_decay)
+    g.add_argument("--crop", type=positive, default=crop, help="side of the random crop in pixels")
+    g.add_argument("--min-scale", type=float, default=0.08, help="least share of the picture in a crop")
+    g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=randaugment, help="RandAugment of magnitude 9")
+    g.add_argument("--erase", type=float, default=erase, help="probability of random erasing")
+    g.add_argument("--log-every", type=positive, default=20, help="steps between two lines of the log")
+    g.add_argument("--save-every", type=positive, default=500, help="steps between two states to resume from; one more after each epoch")
+    return g
 
 
 def natural(text):
@@ -140,8 +169,10 @@ class Env:
         """A bar with the time left, on rank 0."""
         return tqdm(items, desc=desc, total=total, initial=initial, disable=not self.main, dynamic_ncols=True, mininterval=0.5)
 
-    def close(self):
+    def close(self, message=None):
         """Leave together: a rank that exits early takes the rendezvous store with it."""
+        if message and self.main:
+            print(message)
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
@@ -199,6 +230,15 @@ def save_json(path, content):
         beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
+def fingerprint(path):
+    """The first 16 digits of a file's SHA-256: says which weights made a result."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()[:16]
+
+
 def load(path, stage=None, classes=None, map_location="cpu"):
     """A checkpoint of ours: of that stage and that class list, or one line that says what to do."""
     path = Path(path)
@@ -241,9 +281,10 @@ def finished(path, args):
     return True
 
 
-def same_recipe(path, before, args):
+def same_recipe(path, before, args, free=()):
+    """Refuses `path` if it was made with other arguments than now, those in `free` left aside."""
     before, now = recipe(before), recipe(args)
-    other = [f"--{k.replace('_', '-')} {before.get(k)} (now {now.get(k)})" for k in {**before, **now} if before.get(k) != now.get(k)]
+    other = [f"--{k.replace('_', '-')} {before.get(k)} (now {now.get(k)})" for k in {**before, **now} if k not in free and before.get(k) != now.get(k)]
     if other:
         raise ValueError(f"{path} was made with {', '.join(other)}: take another --out, or --no-resume to replace it")
 
@@ -314,9 +355,34 @@ class Log:
     def __call__(self, step, **values):
         """Tensors are read here and nowhere else: this is the one place that waits for the device."""
         if self.env.main:
-            row = {k: round(float(v), 6) if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
+            row = {k: float(f"{float(v):.6g}") if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
             with open(self.path, "a") as file:
                 file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 1), **row}) + "\n")
+
+
+class Meter:
+    """Means of a step's numbers since the last log line, kept on the device: nothing in a step waits for them.
+
+    The first number is the loss. If it was ever not finite, `read` stops the run and names the batch; no state was saved since."""
+
+    def __init__(self, env):
+        self.env, self.rows, self.batches = env, [], []
+
+    def add(self, pictures, **values):
+        self.names = list(values)
+        self.rows.append(torch.stack([v.detach().float() for v in values.values()]))
+        self.batches.append(pictures)
+
+    def read(self, ids):
+        rows = torch.stack(self.rows)                         # (steps, values)
+        bad = (~rows[:, 0].isfinite()).nonzero().flatten().tolist()
+        if bad:
+            batch = ", ".join(ids[i] for i in self.batches[bad[0]].tolist()[:8])
+            raise ValueError(f"the loss is {rows[bad[0], 0].item()} on the batch {batch}, ...: look at these pictures and their labels, "
+                             "lower --lr, or take --amp bf16 or off; the last saved state is from before")
+        means = self.env.sum(rows.mean(0)) / self.env.world   # common.mean scales by world, so this is the mean over all pairs
+        self.rows, self.batches = [], []
+        return dict(zip(self.names, means))
 
 
 def whole(line):

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -146,6 +146,9 @@ class Folder:
                 return path
         raise FileNotFoundError(f"{self.root / 'SegmentationClass' / id}.png is missing: scoring needs true masks, training does not")
 
+    def has_mask(self, id):
+        return any((self.root / name / f"{id}.png").exists() for name in ("SegmentationClass", "SegmentationClassAug"))
+
     def truth(self, id):
         """(H, W) uint8 label map: 0 background, 1..C, 255 ignored."""
         return load_mask(self.mask_path(id), len(self.classes))
@@ -270,6 +273,16 @@ def load_image(path):
         raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
 
 
+def picture_size(path):
+    """(height, width) as load_image returns it, from the header alone."""
+    try:
+        with Image.open(path) as image:
+            turned = image.getexif().get(0x0112, 1) >= 5                        # EXIF orientations that swap the sides
+            return image.size if turned else image.size[::-1]
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
+
+
 def to_float(image):
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
 
@@ -386,6 +399,13 @@ def resize_maps(cam, size):
     return torch.nn.functional.interpolate(cam[None].float(), tuple(size), mode="bilinear", align_corners=False)[0]
 
 
+def shrink_maps(maps, stride):
+    """(P, H, W) -> (P, ceil(H / stride), ceil(W / stride)), the mean of each cell."""
+    if stride == 1 or maps.shape[0] == 0:
+        return maps[:, ::stride, ::stride]
+    return torch.nn.functional.avg_pool2d(maps[None], stride, ceil_mode=True, count_include_pad=False)[0]
+
+
 def add_background(cam, rule="constant", value=0.43):
     """(P, H, W) maps in [0, 1] -> (1 + P, H, W) with the background first: `constant` t, or `power` a: (1 - max)^a (CLIP-ES)."""
     if rule == "constant" or cam.shape[0] == 0:
@@ -397,11 +417,14 @@ def add_background(cam, rule="constant", value=0.43):
 
 # ---------------------------------------------------------------- training samples
 
-def train_transform(size, scale=(0.08, 1.0), randaugment=False):
-    """RandomResizedCrop and flip of picture and mask alike; RandAugment m9 if asked (SemPLeS (a), (c))."""
+def train_transform(size, scale=(0.08, 1.0), randaugment=False, erase=0.0):
+    """RandomResizedCrop and flip of picture and mask alike; RandAugment m9 and random erasing if asked (SemPLeS (a), (c))."""
     steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip()]
     if randaugment:
         steps.append(v2.RandAugment(magnitude=9, interpolation=v2.InterpolationMode.BILINEAR))
+    steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
+    if erase:
+        steps.append(v2.RandomErasing(erase, value="random"))                  # noise, cut to [0, 1] by Samples
     return v2.Compose(steps)
 
 
@@ -418,16 +441,22 @@ class Samples(Dataset):
         return len(self.ids)
 
     def __getitem__(self, key):
-        """(epoch, i) -> picture (3, h, w) in [0, 1], labels (C,), or picture and mask (h, w) int64."""
+        """(epoch, i) -> picture (3, h, w) in [0, 1], labels (C,) or mask (h, w) int64, i."""
         epoch, i = key
         image = tv_tensors.Image(np.array(load_image(self.folder.picture(self.ids[i]))).transpose(2, 0, 1))
         parts = (image,) if self.masks is None else (image, tv_tensors.Mask(self.mask(i, image)))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(hash((self.seed, epoch, i)) & 0x7FFFFFFFFFFFFFFF)
             out = self.transform(*parts)
-        if self.masks is None:
-            return out.as_subclass(torch.Tensor).float() / 255, self.labels[i]
-        return out[0].as_subclass(torch.Tensor).float() / 255, out[1].as_subclass(torch.Tensor).long()
+        image = (out if self.masks is None else out[0]).as_subclass(torch.Tensor).clamp(0, 1)
+        return image, self.labels[i] if self.masks is None else out[1].as_subclass(torch.Tensor).long(), i
+
+    def collate(self, samples):
+        """A batch; an empty one where a rank's share of a small batch is empty."""
+        image, target, _ = samples[0] if samples else self[0, 0]
+        if not samples:
+            return image.new_zeros(0, *image.shape), target.new_zeros(0, *target.shape), torch.zeros(0, dtype=torch.long)
+        return default_collate(samples)
 
     def mask(self, i, image):
         path = self.masks(self.ids[i])
@@ -457,3 +486,11 @@ class Batches(Sampler):
         for step in range(self.skip, len(self)):
             batch = order[step * self.batch_size:(step + 1) * self.batch_size].tolist()
             yield [(self.epoch, i) for i in self.env.shard(batch)]
+
+
+def loader(samples, batch_size, env, workers=0):
+    """-> DataLoader over (images, targets, picture numbers) and its Batches: `batches.start(epoch, skip)` before each epoch."""
+    batches = Batches(len(samples), batch_size, env, samples.seed)
+    # A generator of its own: an iterator draws a number when it starts, which would move the networks' noise in a resumed epoch.
+    return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=samples.collate, generator=torch.Generator(),
+                      pin_memory=env.device.type == "cuda", persistent_workers=workers > 0), batches

@@ -1,0 +1,99 @@
+"""Stage 0, where the paper starts: the mask generator S learns from image labels alone (WeakTr's, or CLIMS's classifier).
+
+Paper   SemPLeS 4.2 takes WeakTr's generator as S; Table 4 also CLIMS's ResNet-50
+Reads   pictures and image labels of --data, ImageNet weights
+Writes  <out>/cls.pt, <out>/cls.last.pt (to resume), <out>/cls.jsonl
+
+The loss is the multi-label soft margin of every logit that the generator offers: for WeakTr those of its class tokens, of its
+coarse maps and of its fine maps. All of the backbone trains here; the later stages freeze it.
+
+    python train_cls.py --data /data/VOC2012 --out runs/voc
+    python train_cls.py --data /data/VOC2012 --out runs/voc --init weaktr.pth          # a published generator as it is, no training
+    python train_cls.py --data data/toy --out runs/toy --split train --generator deit_toy --start data/toy/backbone.pt --crop 96
+"""
+import torch
+
+from wsss import common, data, generator, losses
+
+
+def parse():
+    p = common.parser(__doc__, batch_size=64)
+    p.add_argument("--generator", choices=["deit_small", "resnet50", "deit_toy"], default="deit_small", help="architecture of S")
+    p.add_argument("--start", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file")
+    p.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of attention fusion (max: VOC, avg: COCO)")
+    p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
+    p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS) to take as cls.pt instead of training one")
+    g = common.training(p, epochs=60, lr=7.5e-5)
+    g.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up from --warmup-lr")
+    g.add_argument("--warmup-lr", type=float, default=1e-6)
+    g.add_argument("--min-lr", type=float, default=1e-5, help="rate the cosine ends at")
+    return p.parse_args()
+
+
+def build(args, num_classes):
+    if args.init:
+        return generator.load_generator(args.init, args.pool, num_classes)
+    start = None if args.start == "none" else args.start
+    return generator.build_generator(args.generator, num_classes, args.pool, args.reduction, start)
+
+
+def warmup_cosine(optimizer, args, steps):
+    """Linear from --warmup-lr, then cosine to --min-lr; stepped at every batch, `steps` of them an epoch."""
+    warm, total = max(1, round(args.warmup * steps)), args.epochs * steps
+    rise = torch.optim.lr_scheduler.LinearLR(optimizer, min(1.0, args.warmup_lr / args.lr), total_iters=warm)
+    fall = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, total - warm), eta_min=min(args.min_lr, args.lr))
+    return torch.optim.lr_scheduler.SequentialLR(optimizer, [rise, fall], [warm])
+
+
+def main():
+    args = parse()
+    env = common.Env(args)
+    out, last = args.out / "cls.pt", args.out / "cls.last.pt"
+    if common.finished(out, args):
+        return env.close(f"{out} is finished")
+    folder = data.Folder(args.data)
+    ids = folder.ids(args.split, args.limit)
+    finish = dict(stage="cls", classes=folder.classes, args=common.plain(args))
+
+    model = build(args, len(folder.classes)).to(env.device)
+    if args.init:
+        if env.main:
+            common.save(out, model=model.state_dict(), **finish)
+        return env.close(f"{out}: {args.init} as it is")
+    trained = [w for _, w in generator.parameters_to_train(model, train_backbone=True)]
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
+    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
+    schedule, scaler = warmup_cosine(optimizer, args, len(batches)), env.scaler()
+    begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
+    S = env.parallel(model.train())
+    log, meter = common.Log(args.out / "cls.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
+
+    for epoch in range(begin, args.epochs):
+        batches.start(epoch, skip)
+        for step, (images, labels, numbers) in enumerate(env.progress(loader, f"cls {epoch + 1}/{args.epochs}", len(batches), skip), skip + 1):
+            images, labels = images.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
+            with env.autocast():
+                _, logits = S(images)                                           # a tuple of (B, C)
+            parts = [common.mean(losses.cls_loss(z, labels)) for z in logits]
+            loss = sum(parts)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
+
+            meter.add(numbers, loss=loss, **{f"loss_{i}": part for i, part in enumerate(parts)},
+                      accuracy=common.mean(((logits[-1] > 0) == (labels > 0)).float().flatten()))
+            done = epoch * len(batches) + step
+            save = step == len(batches) or done % args.save_every == 0
+            if save or done % args.log_every == 0:
+                log(done, epoch=epoch, lr=schedule.get_last_lr()[0], **meter.read(ids))
+            if save:
+                common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
+        skip = 0
+
+    if env.main:
+        common.save(out, model=model.state_dict(), **finish)
+    env.close(f"{out} is finished")
+
+
+if __name__ == "__main__":
+    common.run(main)

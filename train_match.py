@@ -1,0 +1,87 @@
+"""SemPLeS (a), segment-label matching: train the mask generator S so that CLIP sees the class in the foreground and not in the background.
+
+Paper   SemPLeS 3.2.1, Eq. 1
+Reads   pictures and image labels of --data, CLIP, <out>/cls.pt (train_cls.py) or --init
+Writes  <out>/match.pt, <out>/match.last.pt (to resume), <out>/match.jsonl
+
+For every pair (picture X, class k that it holds): M = S(X)_k, X_f = M X, X_b = (1 - M) X, and
+L_match = -log sim(E_I(X_f), E_T("a photo of k.")) - lambda_b log(1 - sim(E_I(X_b), E_T("a photo of k."))).
+CLIP is frozen, and so is S's backbone: its head and its attention fusion train.
+
+    python train_match.py --data /data/VOC2012 --out runs/voc                                                          # VOC
+    torchrun --nproc_per_node 4 train_match.py --data /data/COCO --out runs/coco --split train --batch-size 32 \\
+        --lr 3.2e-7 --lambda-b 0.75 --pool avg                                                                        # COCO
+"""
+import torch
+import torch.nn.functional as F
+
+from wsss import clip_model, common, data, generator, losses
+
+
+def parse():
+    p = common.parser(__doc__, batch_size=64)
+    p.add_argument("--lambda-b", type=float, default=2.4, help="weight of the background term; raise it if the masks miss parts of the object")
+    p.add_argument("--init", help="generator to start from instead of <out>/cls.pt: a published checkpoint or one of ours")
+    p.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper's text may be read")
+    common.matching(p)
+    common.training(p, epochs=60, lr=6.4e-5)
+    return p.parse_args()
+
+
+def main():
+    args = parse()
+    env = common.Env(args)
+    out, last = args.out / "match.pt", args.out / "match.last.pt"
+    if common.finished(out, args):
+        return env.close(f"{out} is finished")
+    folder = data.Folder(args.data)
+    ids = folder.ids(args.split, args.limit)
+
+    clip = clip_model.load_clip(args.clip, env.device)
+    class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
+    if not args.init:
+        common.load(args.out / "cls.pt", "cls", folder.classes)
+    model = generator.load_generator(args.init or args.out / "cls.pt", args.pool, len(folder.classes)).to(env.device)
+    trained = [w for _, w in generator.parameters_to_train(model, args.train_backbone)]
+
+    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
+    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
+    schedule, scaler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(batches)), env.scaler()
+    begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
+    S = env.parallel(model.train())
+    log, meter = common.Log(args.out / "match.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
+
+    for epoch in range(begin, args.epochs):
+        batches.start(epoch, skip)
+        for step, (images, labels, numbers) in enumerate(env.progress(loader, f"match {epoch + 1}/{args.epochs}", len(batches), skip), skip + 1):
+            images, labels = images.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
+            b, k = labels.nonzero(as_tuple=True)                                        # (P,) picture and class of every pair
+            with env.autocast():
+                maps = S(images)[0][b, k]                                               # (P, h, w)
+                maps = F.interpolate(maps[:, None], clip.size, mode="bilinear")[:, 0]   # (P, H, W) of CLIP's input
+                masks = maps if model.maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
+                regions = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
+                v_f, v_b = clip.encode_normalized(torch.cat(regions), args.micro_batch, args.mask_fill).chunk(2)     # (P, D) each
+            loss = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                            # Eq. 1
+            scaler.scale(loss).backward()
+            scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
+
+            with torch.no_grad():
+                meter.add(numbers, loss=loss, mask=common.mean(masks.mean((1, 2))), sim_f=common.mean(losses.similarity(v_f, class_text[k])),
+                          sim_b=common.mean(losses.similarity(v_b, class_text[k])))
+            done = epoch * len(batches) + step
+            save = step == len(batches) or done % args.save_every == 0
+            if save or done % args.log_every == 0:
+                log(done, epoch=epoch, lr=schedule.get_last_lr()[0], **meter.read(ids))
+            if save:
+                common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
+        skip = 0
+
+    if env.main:
+        common.save(out, stage="match", model=model.state_dict(), classes=folder.classes, args=common.plain(args))
+    env.close(f"{out} is finished")
+
+
+if __name__ == "__main__":
+    common.run(main)

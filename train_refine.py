@@ -1,0 +1,128 @@
+"""SemPLeS (c), prompt-guided semantic refinement: S keeps matching its class and drops what the class's background prompt describes.
+
+Paper   SemPLeS 3.2.3, Eq. 3; the learning schemes of Table 6 of the arXiv version
+Reads   pictures and image labels of --data, CLIP, <out>/match.pt (train_match.py) or --init, <out>/prompts.pt (train_prompt.py)
+Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl
+
+L_total = L_match + lambda L_refine, L_refine = -log(1 - sim(E_I(X_f), u_b)), with u_b = E_T(p_k) of the learned prompts, fixed.
+
+--scheme sequential is the paper's: (a), (b), (c) once. alternate repeats (b) and (c), --rounds in all (one round is sequential);
+joint trains S and fresh prompts at once by all three losses, the prompts detached in L_refine, S detached in L_prompt.
+
+    python train_refine.py --data /data/VOC2012 --out runs/voc
+    python train_refine.py --data /data/VOC2012 --out runs/voc --init runs/voc/cls.pt      # only the prompts carry over (authors' code)
+    python train_refine.py --data /data/COCO --out runs/coco --split train --batch-size 24 --lr 2.4e-7 --lambda-b 0.75 \\
+        --lambda-refine 0.2 --pool avg
+"""
+import torch
+import torch.nn.functional as F
+
+from wsss import clip_model, common, data, generator, losses
+
+
+def parse():
+    p = common.parser(__doc__, batch_size=64)
+    p.add_argument("--lambda-b", type=float, default=2.4, help="weight of the background term of L_match")
+    p.add_argument("--lambda-refine", type=float, default=0.05, help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
+    p.add_argument("--init", help="generator to start from instead of <out>/match.pt: a published checkpoint or one of ours")
+    p.add_argument("--prompts", default="learned", choices=["learned", "random"], help="random: prompts as initialised, the ablation of Table 5")
+    p.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper's text may be read")
+    g = p.add_argument_group("learning schemes (arXiv Table 6)")
+    g.add_argument("--scheme", choices=["sequential", "alternate", "joint"], default="sequential")
+    g.add_argument("--rounds", type=common.positive, default=1, help="rounds of (b), (c) under --scheme alternate; the first (b) is train_prompt.py")
+    g.add_argument("--lr-prompts", type=float, default=0.025, help="rate of the prompts where they train here")
+    g.add_argument("--lambda-t", type=float, default=0.02, help="weight of the text term of L_prompt where prompts train here")
+    g.add_argument("--repel", choices=["one_minus", "log"], default="one_minus", help="as in train_prompt.py")
+    g.add_argument("--prompt-length", type=common.positive, default=30, help="vectors a class, for joint and random prompts")
+    g.add_argument("--prompt-init", choices=["uniform", "normal"], default="uniform", help="as in train_prompt.py")
+    common.matching(p)
+    common.training(p, epochs=60, lr=6.4e-5)
+    args = p.parse_args()
+    if args.rounds > 1 and args.scheme != "alternate":
+        p.error("--rounds goes with --scheme alternate")
+    return args
+
+
+def load_prompts(args, clip, classes):
+    """The learned prompts; fresh ones for the joint scheme and for the ablation."""
+    common.seed_all(args.seed)                                                          # the same prompts on every process
+    if args.scheme == "joint" or args.prompts == "random":
+        return clip_model.BackgroundPrompts(clip, len(classes), args.prompt_length, args.prompt_init)
+    content = common.load(args.out / "prompts.pt", "prompts", classes)
+    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
+    common.load_weights(prompts, content["model"], args.out / "prompts.pt")
+    return prompts
+
+
+def main():
+    args = parse()
+    env = common.Env(args)
+    out, last = args.out / "refine.pt", args.out / "refine.last.pt"
+    if common.finished(out, args):
+        return env.close(f"{out} is finished")
+    folder = data.Folder(args.data)
+    ids = folder.ids(args.split, args.limit)
+
+    clip = clip_model.load_clip(args.clip, env.device)
+    class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
+    if not args.init:
+        common.load(args.out / "match.pt", "match", folder.classes)
+    model = torch.nn.ModuleDict({
+        "S": generator.load_generator(args.init or args.out / "match.pt", args.pool, len(folder.classes)).to(env.device),
+        "prompts": load_prompts(args, clip, folder.classes)})
+    trained = [w for _, w in generator.parameters_to_train(model["S"], args.train_backbone)]
+    phases = {"sequential": ["refine"], "alternate": ["refine"] + ["prompt", "refine"] * (args.rounds - 1), "joint": ["joint"]}[args.scheme]
+    total = args.epochs * len(phases)
+
+    optimizer = torch.optim.AdamW([{"params": trained, "lr": args.lr}, {"params": model["prompts"].parameters(), "lr": args.lr_prompts}],
+                                  weight_decay=args.weight_decay)
+    samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
+    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
+    schedule, scaler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, args.epochs * len(batches)), env.scaler()     # a cosine a phase
+    begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
+    S, prompts = env.parallel(model["S"]), env.parallel(model["prompts"])
+    log, meter = common.Log(args.out / "refine.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
+
+    for epoch in range(begin, total):
+        batches.start(epoch, skip)
+        phase = phases[epoch // args.epochs]
+        S.train(phase != "prompt")
+        with torch.no_grad():
+            fixed = model["prompts"]()                                                  # u_b (C, D), once: prompts rest in a refine phase
+        for step, (images, labels, numbers) in enumerate(env.progress(loader, f"{phase} {epoch + 1}/{total}", len(batches), skip), skip + 1):
+            images, labels = images.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
+            b, k = labels.nonzero(as_tuple=True)                                        # (P,) picture and class of every pair
+            with env.autocast(), torch.set_grad_enabled(phase != "prompt"):
+                maps = S(images)[0][b, k]                                               # (P, h, w)
+                maps = F.interpolate(maps[:, None], clip.size, mode="bilinear")[:, 0]   # (P, H, W) of CLIP's input
+                masks = maps if model["S"].maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
+                regions = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
+                v_f, v_b = clip.encode_normalized(torch.cat(regions), args.micro_batch, args.mask_fill).chunk(2)     # (P, D) each
+            with env.autocast():
+                u_b = (fixed if phase == "refine" else prompts())[k]                    # (P, D)
+            match = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1
+            refine = common.mean(losses.refine_loss(v_f, u_b.detach()))                                              # Eq. 3
+            prompt = common.mean(losses.prompt_loss(u_b, v_b.detach(), class_text[k], args.lambda_t, args.repel))    # Eq. 2
+            loss = prompt if phase == "prompt" else match + args.lambda_refine * refine + (prompt if phase == "joint" else 0)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
+
+            with torch.no_grad():
+                meter.add(numbers, loss=loss, match=match, refine=refine, prompt=prompt, mask=common.mean(masks.mean((1, 2))),
+                          sim_f=common.mean(losses.similarity(v_f, class_text[k])), sim_b=common.mean(losses.similarity(v_b, class_text[k])),
+                          sim_prompt=common.mean(losses.similarity(v_f, u_b)))
+            done = epoch * len(batches) + step
+            save = step == len(batches) or done % args.save_every == 0
+            if save or done % args.log_every == 0:
+                log(done, epoch=epoch, phase=phase, lr=schedule.get_last_lr()[0], **meter.read(ids))
+            if save:
+                common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
+        skip = 0
+
+    if env.main:
+        common.save(out, stage="refine", model=model["S"].state_dict(), prompts=model["prompts"].state_dict(), classes=folder.classes, args=common.plain(args))
+    env.close(f"{out} is finished")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,344 @@
+"""The mask generator S: image -> one raw map per class, never negative.
+
+    generator = build_generator("deit_small", num_classes=20, start="imagenet")       # WeakTr's, the one of SemPLeS
+    generator = load_generator("match.pt")                                            # or WeakTr's / SemPLeS's published .pth
+    maps = generator.maps(images)                                                     # RGB in [0, 1] -> (B, C, h, w)
+
+forward(images) -> (maps, logits), logits a tuple of (B, C) that train_cls.py trains on image labels.
+"""
+
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models import resnet50
+
+DEIT_IMAGENET = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
+
+
+# ----------------------------------------------------------------------------- DeiT with attention fusion (WeakTr)
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x):
+        """(B, N, width) -> output (B, N, width), softmax attention (B, heads, N, N)"""
+        B, N, width = x.shape
+        q, k, v = self.qkv(x).view(B, N, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)   # (B, heads, N, width / heads)
+        attention = (q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5).softmax(-1)
+        return self.proj((attention.to(v.dtype) @ v).transpose(1, 2).reshape(B, N, width)), attention
+
+
+class Mlp(nn.Module):
+    def __init__(self, width, hidden):
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = Mlp(width, 4 * width)
+        self.drop_path = drop_path
+
+    def forward(self, x):
+        """-> tokens, attention, and the attention branch's output before it is added to the tokens"""
+        o, attention = self.attn(self.norm1(x))
+        x = x + self.drop(o)
+        return x + self.drop(self.mlp(self.norm2(x))), attention, o
+
+    def drop(self, branch):
+        """Stochastic depth: in training a sample loses the branch with probability drop_path; the others are scaled up."""
+        if not self.training or self.drop_path == 0:
+            return branch
+        keep = 1 - self.drop_path
+        return branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, width, patch):
+        super().__init__()
+        self.proj = nn.Conv2d(3, width, patch, patch)
+
+    def forward(self, images):
+        return self.proj(images)                                                      # (B, width, h, w)
+
+
+class PixelNorm(nn.LayerNorm):
+    """LayerNorm over the channels of each position. Group or batch statistics would let every position know of the object."""
+
+    def forward(self, x):
+        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class ConvStem(nn.Module):
+    """The toy's patch embedding, a small CNN at stride 6: a tiny ViT alone does not learn to localise."""
+
+    def __init__(self, width, channels):
+        super().__init__()
+        layers, previous = [], 3
+        for channel, stride in zip(channels, (2, 3, 1, 1, 1, 1)):
+            layers += [nn.Conv2d(previous, channel, 3, stride, 1, bias=False), PixelNorm(channel), nn.ReLU(inplace=True)]
+            previous = channel
+        self.stem = nn.Sequential(*layers)
+        self.proj = nn.Conv2d(previous, width, 1)
+
+    def forward(self, images):
+        return self.proj(self.stem(images))                                           # (B, width, h, w)
+
+
+class AttentionFusion(nn.Module):
+    """WeakTr: how much each of the heads x layers attention maps counts, from what the attention branches put out."""
+
+    def __init__(self, maps, channels, reduction, pool):
+        super().__init__()
+        self.pool = pool
+        self.attn_feat_ffn = nn.Sequential(nn.Linear(channels, 8), nn.Linear(8, 1))
+        self.attn_head_ffn = nn.Sequential(nn.Linear(maps, maps // reduction, bias=False), nn.ReLU(),
+                                           nn.Linear(maps // reduction, maps, bias=False), nn.Sigmoid())
+
+    def forward(self, attentions, outputs):
+        """Per layer (B, heads, N, N) and (B, N, width) -> mean over all maps of weight * attention, (B, N, N)"""
+        layers, (B, heads, N, _) = len(attentions), attentions[0].shape
+        pooled = torch.stack([o.amax(1) if self.pool == "max" else o.mean(1) for o in outputs], dim=1)    # (B, layers, width)
+        # From the authors' code, not in the paper: head i owns the channels i, i + heads, ... here, though attention itself
+        # gives it a contiguous block. Published fusion weights need it so.
+        pooled = pooled.view(B, layers, pooled.shape[2] // heads, heads).permute(0, 3, 1, 2)                # (B, heads, layers, width / heads)
+        scores = self.attn_feat_ffn(pooled).flatten(1)                                # (B, heads * layers), index head * layers + layer
+        weights = self.attn_head_ffn(scores).view(B, 1, heads, layers)
+        # Layer by layer: the stack of all attentions, hundreds of MB at test size, is never made.
+        fused = sum(weights[..., i] @ attention.flatten(2) for i, attention in enumerate(attentions))     # (B, 1, N * N)
+        return fused.view(B, N, N) / (heads * layers)
+
+
+class DeiT(nn.Module):
+    """DeiT with one class token per class; map = patch attention @ (class-to-patch attention * relu(coarse map)).
+
+    Parameter names are WeakTr's, so its and SemPLeS's checkpoints load unchanged.
+    """
+
+    trains_when_frozen = ("head.", "adaptive_attention_fusion.")
+    maps_are_masks = False                                        # raw maps: the stages min-max them (losses.mask_from_map)
+
+    def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=14, reduction=8, pool="max", drop_path=0.1, stem=()):
+        super().__init__()
+        self.patch, self.grid = patch, grid
+        self.patch_embed = ConvStem(width, stem) if stem else PatchEmbed(width, patch)
+        self.cls_token = nn.Parameter(torch.zeros(1, num_classes, width))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_classes + grid ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6).requires_grad_(False)               # in every checkpoint, on no path to a map
+        self.head = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.adaptive_attention_fusion = AttentionFusion(heads * depth, width // heads, reduction, pool)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        nn.init.normal_(self.cls_token, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for block in self.blocks:
+            for layer in (block.attn.qkv, block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+                nn.init.normal_(layer.weight, std=0.02)
+                nn.init.zeros_(layer.bias)
+
+    def maps(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w), raw, >= 0"""
+        return self(images)[0]
+
+    def forward(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w); logits of class tokens, coarse maps, fine maps, each (B, C)"""
+        C = self.cls_token.shape[1]
+        tokens, attentions, outputs, (h, w) = self.run_blocks(images)
+        patches = tokens[:, C:].transpose(1, 2).unflatten(2, (h, w))                  # (B, width, h, w)
+        coarse = self.head(patches)                                                   # (B, C, h, w)
+        with torch.autocast(images.device.type, enabled=False):                       # maps are small numbers: float32
+            coarse, tokens = coarse.float(), tokens.float()
+            fused = self.adaptive_attention_fusion(attentions, outputs)               # (B, N, N)
+            cams = fused[:, :C, C:] * coarse.flatten(2).relu()                        # (B, C, h * w)
+            fine = torch.einsum("bnm,bcm->bcn", fused[:, C:, C:], cams).unflatten(2, (h, w))
+            return fine, (tokens[:, :C].mean(-1), coarse.mean((-2, -1)), fine.mean((-2, -1)))
+
+    def run_blocks(self, images):
+        """-> tokens (B, C + h * w, width); per layer the attention and its branch's output, detached; the grid (h, w)
+
+        With the backbone frozen (parameters_to_train) nothing here records a graph, since no weight asks for a gradient.
+        """
+        h, w = (max(1, round(n / self.patch)) for n in images.shape[-2:])
+        if (h * self.patch, w * self.patch) != tuple(images.shape[-2:]):
+            # Differs from the paper: to the nearest multiple of the patch; the public code drops up to 15 pixels at the edge.
+            images = F.interpolate(images, (h * self.patch, w * self.patch), mode="bilinear", align_corners=False)
+        x = self.patch_embed((images - self.mean) / self.std).flatten(2).transpose(1, 2)              # (B, h * w, width)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position(h, w)
+        attentions, outputs = [], []
+        for block in self.blocks:
+            x, attention, o = block(x)
+            attentions.append(attention.detach().float())
+            outputs.append(o.detach().float())
+        return x, attentions, outputs, (h, w)
+
+    def position(self, h, w):
+        """-> (1, C + h * w, width)"""
+        if h == w == self.grid:
+            return self.pos_embed
+        C, grid = self.cls_token.shape[1], self.grid
+        patches = self.pos_embed[:, C:].transpose(1, 2).unflatten(2, (grid, grid))
+        # From the authors' code, not in the paper: by scale factor, with DINO's 0.1; resizing by size gives slightly other values.
+        patches = F.interpolate(patches, scale_factor=((h + 0.1) / grid, (w + 0.1) / grid), mode="bicubic", align_corners=False)
+        return torch.cat([self.pos_embed[:, :C], patches.flatten(2).transpose(1, 2)], dim=1)
+
+    def load_imagenet(self, state):
+        """A plain DeiT's ImageNet weights: its class token and that token's position are repeated C times; its classifier is left out."""
+        C = self.cls_token.shape[1]
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        state["cls_token"] = state["cls_token"].expand(-1, C, -1)
+        state["pos_embed"] = torch.cat([state["pos_embed"][:, :1].expand(-1, C, -1), state["pos_embed"][:, 1:]], dim=1)
+        fresh = {name: value for name, value in self.state_dict().items() if name.startswith(self.trains_when_frozen)}
+        self.load_state_dict({**state, **fresh})
+
+
+# ------------------------------------------------------------------------------------------------ ResNet-50 (CLIMS)
+
+class ResNet50(nn.Module):
+    """Stride 16 and a 1x1 classifier. While it trains the map is sigmoid(logits), a mask already; otherwise relu(logits)."""
+
+    trains_when_frozen = ("classifier.",)
+    maps_are_masks = True
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.backbone = resnet50()
+        del self.backbone.fc
+        last = self.backbone.layer4[0]                            # strides 2, 2, 2, 1 and no dilation
+        last.conv2.stride = last.downsample[0].stride = (1, 1)
+        self.classifier = nn.Conv2d(2048, num_classes, 1, bias=False)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()                                     # From the authors' code, not in the paper: ImageNet's statistics stay
+        return self
+
+    def maps(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w), >= 0"""
+        return self(images)[0]
+
+    def forward(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> maps (B, C, h, w); a tuple of one: the logits (B, C) of the plain CAM classifier"""
+        net, x = self.backbone, (images - self.mean) / self.std
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
+        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))                         # (B, 2048, h, w)
+        logits = self.classifier(x).float()                                           # (B, C, h, w)
+        return logits.sigmoid() if self.training else logits.relu(), (logits.mean((-2, -1)),)
+
+    def load_imagenet(self, state):
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}
+        self.backbone.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------------------- making and loading
+
+# The toy's S: the same class with other numbers, patches of 6 pixels, and a small CNN before the blocks.
+TOY = dict(width=64, depth=2, heads=4, patch=6, grid=16, reduction=2, drop_path=0.0, stem=(32, 64, 64, 64))
+
+
+def build_generator(name, num_classes, pool="max", reduction=8, start=None):
+    """A fresh S. `start`: None, "imagenet" (downloaded once), or a file with ImageNet / toy backbone weights."""
+    if name == "deit_small":
+        model = DeiT(num_classes, pool=pool, reduction=reduction)
+    elif name == "deit_toy":
+        model = DeiT(num_classes, pool=pool, **TOY)
+    elif name == "resnet50":
+        model = ResNet50(num_classes)
+    else:
+        raise ValueError(f"generator {name}: not one of deit_small, resnet50, deit_toy")
+    if start == "imagenet":
+        model.load_imagenet(download_imagenet(name))
+    elif start is not None:
+        load_strictly(start, model.load_imagenet, read_state(start))
+    return model
+
+
+def download_imagenet(name):
+    if name == "deit_small":
+        return torch.hub.load_state_dict_from_url(DEIT_IMAGENET, map_location="cpu", check_hash=True, weights_only=True)["model"]
+    if name == "resnet50":
+        from torchvision.models import ResNet50_Weights
+        return ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
+    raise ValueError(f"generator {name} has no ImageNet weights: pass the file of its backbone")
+
+
+def load_generator(path, pool="max", num_classes=None):
+    """A checkpoint of ours, WeakTr's or SemPLeS's -> S. Sizes come from the weights; `pool` is in none of them (max: VOC, avg: COCO).
+
+    With `num_classes`, a generator for another number of classes is refused."""
+    state = read_state(path)
+    if "classifier.weight" in state:
+        model = ResNet50(num_classes=len(state["classifier.weight"]))
+    elif {"head.weight", "pos_embed", "adaptive_attention_fusion.attn_head_ffn.0.weight"} <= state.keys():
+        model = deit_like(state, pool)
+    else:
+        raise ValueError(f"{path}: not a mask generator (no head with attention fusion and no classifier among its {len(state)} weights)")
+    load_strictly(path, model.load_state_dict, state)
+    found = len(state["classifier.weight" if "classifier.weight" in state else "head.weight"])
+    if num_classes not in (None, found):
+        raise ValueError(f"{path}: maps {found} classes, the data folder has {num_classes}")
+    return model
+
+
+def deit_like(state, pool):
+    """The DeiT whose sizes are those of a checkpoint."""
+    classes = len(state["head.weight"])
+    squeezed, maps = state["adaptive_attention_fusion.attn_head_ffn.0.weight"].shape              # (heads * depth / r, heads * depth)
+    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    grid = round((state["pos_embed"].shape[1] - classes) ** 0.5)
+    stem = tuple(len(value) for name, value in state.items() if name.startswith("patch_embed.stem.") and value.ndim == 4)
+    patch = 6 if stem else state["patch_embed.proj.weight"].shape[-1]
+    return DeiT(classes, width=state["pos_embed"].shape[2], depth=depth, heads=maps // depth, patch=patch, grid=grid,
+                reduction=maps // squeezed, pool=pool, stem=stem, drop_path=TOY["drop_path"] if stem else 0.1)
+
+
+def read_state(path):
+    """A file -> its state dict, out of a {"model": ...} wrapper if there is one."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals([Namespace]):                           # the public trainers keep their arguments beside the weights
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from None
+    state = state.get("model", state) if isinstance(state, dict) else {}
+    if not state or not all(torch.is_tensor(value) for value in state.values()):
+        raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model'")
+    return state
+
+
+def load_strictly(path, load, state):
+    """Every key must fit, and the first that does not is named."""
+    try:
+        load(state)
+    except (KeyError, RuntimeError) as error:
+        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+
+
+def parameters_to_train(generator, train_backbone=False):
+    """Freeze S but for its last layers (SemPLeS (a), (c)), or nothing of it -> [(name, parameter)] that train.
+
+    From the authors' code, not in the paper: the ViT is frozen; head and fusion train, 8 tensors, 70,965 numbers for VOC's 20 classes.
+    """
+    for name, parameter in generator.named_parameters():
+        parameter.requires_grad_((train_backbone and not name.startswith("norm.")) or name.startswith(generator.trains_when_frozen))
+    return [(name, parameter) for name, parameter in generator.named_parameters() if parameter.requires_grad]
