@@ -9,8 +9,10 @@ coarse maps and of its fine maps. All of the backbone trains here; the later sta
 
     python train_cls.py --data /data/VOC2012 --out runs/voc
     python train_cls.py --data /data/VOC2012 --out runs/voc --init weaktr.pth          # a published generator as it is, no training
-    python train_cls.py --data data/toy --out runs/toy --split train --generator deit_toy --start data/toy/backbone.pt --crop 96
+    python train_cls.py --data data/toy --out runs/toy --split train --generator cnn_toy --start data/toy/backbone.pt --crop 96
 """
+import argparse
+
 import torch
 
 from wsss import common, data, generator, losses
@@ -18,12 +20,14 @@ from wsss import common, data, generator, losses
 
 def parse():
     p = common.parser(__doc__, batch_size=64)
-    p.add_argument("--generator", choices=["deit_small", "resnet50", "deit_toy"], default="deit_small", help="architecture of S")
+    p.add_argument("--generator", choices=list(generator.NAMES), default="deit_small", help="architecture of S")
     p.add_argument("--start", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file")
     p.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of attention fusion (max: VOC, avg: COCO)")
     p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
+    p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
     p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS) to take as cls.pt instead of training one")
     g = common.training(p, epochs=60, lr=7.5e-5)
+    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while it trains")
     g.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up from --warmup-lr")
     g.add_argument("--warmup-lr", type=float, default=1e-6)
     g.add_argument("--min-lr", type=float, default=1e-5, help="rate the cosine ends at")
@@ -34,7 +38,7 @@ def build(args, num_classes):
     if args.init:
         return generator.load_generator(args.init, args.pool, num_classes)
     start = None if args.start == "none" else args.start
-    return generator.build_generator(args.generator, num_classes, args.pool, args.reduction, start)
+    return generator.build_generator(args.generator, num_classes, args.pool, args.reduction, start, args.drop_path)
 
 
 def warmup_cosine(optimizer, args, steps):
@@ -60,7 +64,7 @@ def main():
         if env.main:
             common.save(out, model=model.state_dict(), **finish)
         return env.close(f"{out}: {args.init} as it is")
-    trained = [w for _, w in generator.parameters_to_train(model, train_backbone=True)]
+    trained = [w for _, w in generator.parameters_to_train(model, args.train_backbone)]
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
     loader, batches = data.loader(samples, args.batch_size, env, args.workers)

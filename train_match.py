@@ -24,7 +24,9 @@ def parse():
     p.add_argument("--init", help="generator to start from instead of <out>/cls.pt: a published checkpoint or one of ours")
     p.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper's text may be read")
     common.matching(p)
-    common.training(p, epochs=60, lr=6.4e-5)
+    g = common.training(p, epochs=60, lr=6.4e-5)
+    # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
+    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while S trains")
     return p.parse_args()
 
 
@@ -41,7 +43,7 @@ def main():
     class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
     if not args.init:
         common.load(args.out / "cls.pt", "cls", folder.classes)
-    model = generator.load_generator(args.init or args.out / "cls.pt", args.pool, len(folder.classes)).to(env.device)
+    model = generator.load_generator(args.init or args.out / "cls.pt", args.pool, len(folder.classes), args.drop_path).to(env.device)
     trained = [w for _, w in generator.parameters_to_train(model, args.train_backbone)]
 
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)

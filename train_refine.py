@@ -36,7 +36,9 @@ def parse():
     g.add_argument("--prompt-length", type=common.positive, default=30, help="vectors a class, for joint and random prompts")
     g.add_argument("--prompt-init", choices=["uniform", "normal"], default="uniform", help="as in train_prompt.py")
     common.matching(p)
-    common.training(p, epochs=60, lr=6.4e-5)
+    g = common.training(p, epochs=60, lr=6.4e-5)
+    # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
+    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while S trains")
     args = p.parse_args()
     if args.rounds > 1 and args.scheme != "alternate":
         p.error("--rounds goes with --scheme alternate")
@@ -68,7 +70,7 @@ def main():
     if not args.init:
         common.load(args.out / "match.pt", "match", folder.classes)
     model = torch.nn.ModuleDict({
-        "S": generator.load_generator(args.init or args.out / "match.pt", args.pool, len(folder.classes)).to(env.device),
+        "S": generator.load_generator(args.init or args.out / "match.pt", args.pool, len(folder.classes), args.drop_path).to(env.device),
         "prompts": load_prompts(args, clip, folder.classes)})
     trained = [w for _, w in generator.parameters_to_train(model["S"], args.train_backbone)]
     phases = {"sequential": ["refine"], "alternate": ["refine"] + ["prompt", "refine"] * (args.rounds - 1), "joint": ["joint"]}[args.scheme]

@@ -1,6 +1,7 @@
 """S against a naive loop, published names and shapes, what is frozen."""
 import copy
 from argparse import Namespace
+from pathlib import Path
 
 import pytest
 import torch
@@ -151,9 +152,8 @@ def test_what_trains_when_the_backbone_is_frozen():
     assert {n for n, _ in model.named_parameters()} - {n for n, _ in everything} == {"norm.weight", "norm.bias"}
 
 
-@pytest.mark.parametrize("stem", [(), (8, 8, 16, 16)])
-def test_frozen_parts_have_no_gradient_and_do_not_change(stem):
-    model = small(stem=stem, patch=6 if stem else 4, drop_path=0.1).train()
+def test_frozen_parts_have_no_gradient_and_do_not_change():
+    model = small(drop_path=0.1).train()
     trained = g.parameters_to_train(model)
     before = copy.deepcopy(model.state_dict())
     optimizer = torch.optim.AdamW([p for _, p in trained], lr=0.1, weight_decay=0.03)
@@ -193,21 +193,33 @@ def test_autocast_keeps_maps_float32_and_close():
     assert F.cosine_similarity(maps.flatten(), model.maps(images).flatten(), dim=0) > 0.99
 
 
-def test_toy_generator_round_trip(tmp_path):
+@pytest.mark.parametrize("name,size", [("cnn_toy", 24), ("deit_tiny", 16)])
+def test_own_checkpoints_round_trip(tmp_path, name, size):
     torch.manual_seed(0)
-    model, images = g.build_generator("deit_toy", 8).eval(), torch.rand(1, 3, 96, 96)
+    model, images = g.build_generator(name, 8).eval(), torch.rand(1, 3, 96, 96)
     torch.save({"model": model.state_dict(), "stage": "cls", "classes": list("abcdefgh"), "args": {}}, tmp_path / "cls.pt")
     loaded = g.load_generator(tmp_path / "cls.pt").eval()
-    assert model.maps(images).shape == (1, 8, 16, 16) and torch.equal(model.maps(images), loaded.maps(images))
+    assert model.maps(images).shape == (1, 8, size, size) and torch.equal(model.maps(images), loaded.maps(images))
+    with pytest.raises(ValueError, match="maps 8 classes, the data folder has 3"):
+        g.load_generator(tmp_path / "cls.pt", num_classes=3)
 
 
-def test_resnet50_of_clims(tmp_path):
+def test_toy_cnn_is_a_plain_cam_with_a_frozen_trunk():
     torch.manual_seed(0)
-    model, images = g.build_generator("resnet50", 5), torch.rand(2, 3, 64, 96)
-    model.classifier.weight.data *= 0.01                          # keeps the sigmoid of these random features off 0 and 1
-    maps, (logits,) = model.train()(images)
-    assert maps.shape == (2, 5, 4, 6) and 0 < maps.min() and maps.max() < 1           # stride 16, sigmoid
-    torch.testing.assert_close(maps.logit().mean((2, 3)), logits, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(model.eval().maps(images), maps.logit().relu(), atol=1e-4, rtol=1e-4)   # and no batch statistics
-    torch.save(model.state_dict(), tmp_path / "clims.pt")
-    assert torch.equal(g.load_generator(tmp_path / "clims.pt").eval().maps(images), model.maps(images))
+    model, images = g.build_generator("cnn_toy", 4).train(), torch.rand(2, 3, 96, 96)
+    before = copy.deepcopy(model.state_dict())
+    assert [n for n, _ in g.parameters_to_train(model)] == ["head.weight", "head.bias"]
+    maps, (logits,) = model(images)
+    coarse = F.conv2d(model.trunk((images - model.mean) / model.std), model.head.weight, model.head.bias, padding=1)
+    assert torch.equal(maps, coarse.relu()) and torch.allclose(logits, coarse.mean((2, 3)))
+    maps.mean().backward()
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())     # running statistics too
+    assert model.trunk[0].weight.grad is None and model.head.weight.grad is not None
+
+
+def test_the_shipped_backbone_starts_a_toy_generator():
+    path = Path(__file__).resolve().parent.parent / "weights" / "toy_backbone.pt"
+    assert path.stat().st_size < 2e6
+    state = torch.load(path, weights_only=True)["model"]
+    model = g.build_generator("cnn_toy", 8, start=path)
+    assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in state.items())

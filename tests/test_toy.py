@@ -151,7 +151,7 @@ def test_shipped_clip_takes_a_background_for_its_class(shipped):
     """The papers' problem: rails alone look like "train", more than other backgrounds do; train with rails as much as the train alone."""
     found = toy_world.measure(shipped, draw=32, count=160)
     assert found["class text . own background alone"] > found["class text . other backgrounds"] + .1
-    assert found["class text . object + own background"] > found["class text . its cut-out, same pictures"] - .02
+    assert found["class text . object + own background"] > found["class text . its cut-out, same pictures"] - .05
     assert found["background text . own background"] > found["background text . other"] + .2
 
 

@@ -77,29 +77,6 @@ class PatchEmbed(nn.Module):
         return self.proj(images)                                                      # (B, width, h, w)
 
 
-class PixelNorm(nn.LayerNorm):
-    """LayerNorm over the channels of each position. Group or batch statistics would let every position know of the object."""
-
-    def forward(self, x):
-        return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
-
-class ConvStem(nn.Module):
-    """The toy's patch embedding, a small CNN at stride 6: a tiny ViT alone does not learn to localise."""
-
-    def __init__(self, width, channels):
-        super().__init__()
-        layers, previous = [], 3
-        for channel, stride in zip(channels, (2, 3, 1, 1, 1, 1)):
-            layers += [nn.Conv2d(previous, channel, 3, stride, 1, bias=False), PixelNorm(channel), nn.ReLU(inplace=True)]
-            previous = channel
-        self.stem = nn.Sequential(*layers)
-        self.proj = nn.Conv2d(previous, width, 1)
-
-    def forward(self, images):
-        return self.proj(self.stem(images))                                           # (B, width, h, w)
-
-
 class AttentionFusion(nn.Module):
     """WeakTr: how much each of the heads x layers attention maps counts, from what the attention branches put out."""
 
@@ -133,10 +110,10 @@ class DeiT(nn.Module):
     trains_when_frozen = ("head.", "adaptive_attention_fusion.")
     maps_are_masks = False                                        # raw maps: the stages min-max them (losses.mask_from_map)
 
-    def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=14, reduction=8, pool="max", drop_path=0.1, stem=()):
+    def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=14, reduction=8, pool="max", drop_path=0.1):
         super().__init__()
         self.patch, self.grid = patch, grid
-        self.patch_embed = ConvStem(width, stem) if stem else PatchEmbed(width, patch)
+        self.patch_embed = PatchEmbed(width, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, num_classes, width))
         self.pos_embed = nn.Parameter(torch.zeros(1, num_classes + grid ** 2, width))
         self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
@@ -226,11 +203,7 @@ class ResNet50(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
-        super().train(mode)
-        for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()                                     # From the authors' code, not in the paper: ImageNet's statistics stay
-        return self
+        return keep_statistics(super().train(mode))               # From the authors' code, not in the paper: ImageNet's statistics stay
 
     def maps(self, images):
         """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w), >= 0"""
@@ -249,27 +222,86 @@ class ResNet50(nn.Module):
         self.backbone.load_state_dict(state)
 
 
+# ---------------------------------------------------------------------------------------------------- the toy's CNN
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
+
+
+class ToyCNN(nn.Module):
+    """The toy world's S: a small residual CNN at stride 4 and a 3x3 head; map = relu(head), a plain CAM.
+
+    Differs from the paper: a DeiT of this size does not learn to localise. Interface and training are those of the DeiT.
+    """
+
+    trains_when_frozen = ("head.",)
+    maps_are_masks = False
+
+    def __init__(self, num_classes, width=64, blocks=3):
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU(),
+            nn.Conv2d(width // 2, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            *(Residual(width) for _ in range(blocks)))
+        self.head = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def train(self, mode=True):
+        return keep_statistics(super().train(mode))
+
+    def maps(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w), >= 0"""
+        return self(images)[0]
+
+    def forward(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> maps (B, C, h, w); a tuple of one: the logits (B, C) of the plain CAM classifier"""
+        coarse = self.head(self.trunk((images - self.mean) / self.std)).float()       # (B, C, h, w)
+        return coarse.relu(), (coarse.mean((-2, -1)),)
+
+    def load_imagenet(self, state):
+        self.trunk.load_state_dict({name.removeprefix("trunk."): value for name, value in state.items()})
+
+
+def keep_statistics(model):
+    """BatchNorm uses the statistics of pre-training and never updates them: frozen means frozen, for any number of processes."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    return model
+
+
 # ------------------------------------------------------------------------------------------------- making and loading
 
-# The toy's S: the same class with other numbers, patches of 6 pixels, and a small CNN before the blocks.
-TOY = dict(width=64, depth=2, heads=4, patch=6, grid=16, reduction=2, drop_path=0.0, stem=(32, 64, 64, 64))
+TINY = dict(width=64, depth=2, heads=4, patch=6, grid=4, reduction=2)                 # DeiT for tests: every part, few numbers
 
 
-def build_generator(name, num_classes, pool="max", reduction=8, start=None):
+def build_generator(name, num_classes, pool="max", reduction=8, start=None, drop_path=0.1):
     """A fresh S. `start`: None, "imagenet" (downloaded once), or a file with ImageNet / toy backbone weights."""
     if name == "deit_small":
-        model = DeiT(num_classes, pool=pool, reduction=reduction)
-    elif name == "deit_toy":
-        model = DeiT(num_classes, pool=pool, **TOY)
+        model = DeiT(num_classes, pool=pool, reduction=reduction, drop_path=drop_path)
+    elif name == "deit_tiny":
+        model = DeiT(num_classes, pool=pool, drop_path=drop_path, **TINY)
     elif name == "resnet50":
         model = ResNet50(num_classes)
+    elif name == "cnn_toy":
+        model = ToyCNN(num_classes)
     else:
-        raise ValueError(f"generator {name}: not one of deit_small, resnet50, deit_toy")
+        raise ValueError(f"generator {name}: not one of {', '.join(NAMES)}")
     if start == "imagenet":
         model.load_imagenet(download_imagenet(name))
     elif start is not None:
         load_strictly(start, model.load_imagenet, read_state(start))
     return model
+
+
+NAMES = ("deit_small", "resnet50", "cnn_toy", "deit_tiny")
 
 
 def download_imagenet(name):
@@ -281,15 +313,17 @@ def download_imagenet(name):
     raise ValueError(f"generator {name} has no ImageNet weights: pass the file of its backbone")
 
 
-def load_generator(path, pool="max", num_classes=None):
+def load_generator(path, pool="max", num_classes=None, drop_path=0.1):
     """A checkpoint of ours, WeakTr's or SemPLeS's -> S. Sizes come from the weights; `pool` is in none of them (max: VOC, avg: COCO).
 
     With `num_classes`, a generator for another number of classes is refused."""
     state = read_state(path)
     if "classifier.weight" in state:
         model = ResNet50(num_classes=len(state["classifier.weight"]))
+    elif {"head.weight", "trunk.0.weight"} <= state.keys():
+        model = ToyCNN(len(state["head.weight"]), width=len(state["trunk.3.weight"]), blocks=sum(name.endswith("conv1.weight") for name in state))
     elif {"head.weight", "pos_embed", "adaptive_attention_fusion.attn_head_ffn.0.weight"} <= state.keys():
-        model = deit_like(state, pool)
+        model = deit_like(state, pool, drop_path)
     else:
         raise ValueError(f"{path}: not a mask generator (no head with attention fusion and no classifier among its {len(state)} weights)")
     load_strictly(path, model.load_state_dict, state)
@@ -299,16 +333,14 @@ def load_generator(path, pool="max", num_classes=None):
     return model
 
 
-def deit_like(state, pool):
+def deit_like(state, pool, drop_path):
     """The DeiT whose sizes are those of a checkpoint."""
     classes = len(state["head.weight"])
     squeezed, maps = state["adaptive_attention_fusion.attn_head_ffn.0.weight"].shape              # (heads * depth / r, heads * depth)
     depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
     grid = round((state["pos_embed"].shape[1] - classes) ** 0.5)
-    stem = tuple(len(value) for name, value in state.items() if name.startswith("patch_embed.stem.") and value.ndim == 4)
-    patch = 6 if stem else state["patch_embed.proj.weight"].shape[-1]
-    return DeiT(classes, width=state["pos_embed"].shape[2], depth=depth, heads=maps // depth, patch=patch, grid=grid,
-                reduction=maps // squeezed, pool=pool, stem=stem, drop_path=TOY["drop_path"] if stem else 0.1)
+    return DeiT(classes, width=state["pos_embed"].shape[2], depth=depth, heads=maps // depth, patch=state["patch_embed.proj.weight"].shape[-1],
+                grid=grid, reduction=maps // squeezed, pool=pool, drop_path=drop_path)
 
 
 def read_state(path):

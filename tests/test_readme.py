@@ -1,0 +1,58 @@
+"""What the README and the manual pages tell people to type: the toy run for real, every other command down to its flags."""
+import ast
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+STAGES = sorted(path.name for path in ROOT.glob("*.py"))
+
+
+def commands(text):
+    """Command lines of the fenced bash blocks of a README, or the indented ones of a docstring; continued lines joined, comments cut."""
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.S) or [text]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [line.split(" #")[0].strip() for line in lines if re.match(r"\s*(python|bash|torchrun|[A-Z]+=\S+ bash) ", line)]
+
+
+README = commands((ROOT / "README.md").read_text())
+MANUALS = [line for name in STAGES for line in commands(ast.get_docstring(ast.parse((ROOT / name).read_text())))]
+
+
+@pytest.mark.parametrize("line", [line for line in dict.fromkeys(README + MANUALS) if ".py" in line and not line.startswith("python bench")])
+def test_the_flags_of_every_command_exist(line, monkeypatch):
+    words = shlex.split(line)
+    script = next(word for word in words if word.endswith(".py"))
+    monkeypatch.setattr(sys, "argv", [script, *words[words.index(script) + 1:]])
+    module = importlib.import_module(script.removesuffix(".py"))
+    assert module.parse() is not None
+
+
+def test_every_stage_shows_how_it_is_run():
+    for name in STAGES:
+        assert any(name in line for line in MANUALS), name
+
+
+def test_the_suite_is_what_ci_runs():
+    assert "bash run_tests.sh" in README and "run_tests.sh" in (ROOT / ".ci/run").read_text()
+
+
+def test_the_toy_run(tmp_path):
+    """`bash run_toy.sh` as a stranger types it, on few pictures; then once more, which skips everything."""
+    assert "bash run_toy.sh" in README
+    bin_dir = os.path.dirname(sys.executable)
+    env = {**os.environ, "LOOK": "1", "DATA": str(tmp_path / "toy"), "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "run_toy.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    out = tmp_path / "out"
+    made = {p.name: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".pt", ".npy")}
+    assert {"cls.pt", "match.pt", "prompts.pt", "refine.pt"} <= set(made) and len(list((out / "cam_refine").glob("*.npy"))) == 24
+    assert all((out / f"eval_cam_{source}_train.json").exists() and (out / f"sheets/cam_{source}_0.png").exists() for source in ("cls", "match", "refine"))
+    done = subprocess.run(["bash", "run_toy.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stdout.count("is finished") == 4 and "is complete" in done.stdout
+    assert made == {p.name: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".pt", ".npy")}
