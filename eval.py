@@ -12,7 +12,6 @@ pass, and says so in the protocol: such a number uses pixel labels and is no wea
     python eval.py --data data/toy --out runs/toy --split train --what cam --threshold 0.43
     python eval.py --data /data/VOC2012 --out runs/voc --split val --what masks --pred results/SegmentationClass
 """
-import json
 from pathlib import Path
 
 import torch
@@ -35,6 +34,8 @@ def parse():
     args = p.parse_args()
     if (args.what == "masks") != (args.pred is not None):
         p.error("--pred DIR goes with --what masks, and only with it")
+    if not 0 <= args.threshold <= 1 or not args.alpha > 0:
+        p.error("--threshold is between 0 and 1, --alpha above 0")
     if args.oracle and args.what != "cam":
         p.error("--oracle sweeps the threshold of maps: it goes with --what cam")
     return args
@@ -86,7 +87,7 @@ def score_masks(args, folder, ids, env):
     count = len(folder.classes) + 1
     total = torch.zeros(1, count, count + 1, dtype=torch.int64)
     for id in env.progress(env.shard(ids), f"eval {args.what}"):
-        truth, mask = folder.truth(id), data.load_mask(where / f"{id}.png")
+        truth, mask = folder.truth(id), data.load_mask(where / f"{id}.png", len(folder.classes))
         if truth.shape != mask.shape:
             raise ValueError(f"{where / id}.png is {mask.shape[1]}x{mask.shape[0]}, the truth {truth.shape[1]}x{truth.shape[0]}: "
                              "masks are scored at the picture's own size, make it again")
@@ -94,7 +95,7 @@ def score_masks(args, folder, ids, env):
     return total
 
 
-def protocol(args, ids):
+def protocol(args, ids, classes):
     """What a reader must know to compare the number: nothing about it is left to a file name."""
     facts = {"what": args.what, "split": args.split, "pictures": len(ids), "limit": args.limit, "data": args.data.name,
              "pred": args.pred and str(args.pred), "oracle": False, "mean_over": "classes in truth or prediction, background included"}
@@ -102,11 +103,16 @@ def protocol(args, ids):
         facts |= {"background": args.background, "value": args.threshold if args.background == "constant" else args.alpha}
     made_by = args.out / f"{args.cam if args.what == 'cam' else args.what}.json"                                # cam.json, pseudo.json: source, scales, CRF
     if args.what != "masks":
-        facts["made_by"] = json.loads(made_by.read_text()) if made_by.exists() else None
+        facts["made_by"] = common.read_json(made_by) if made_by.exists() else None
+        trained = (facts["made_by"] or {}).get("classes", classes)
+        if trained != classes:
+            raise ValueError(f"{made_by}: made for other classes ({common.describe(trained)}) than --data has ({common.describe(classes)}): make them again")
     return facts
 
 
 def result(matrix, names, facts):
+    if not matrix.sum():
+        raise ValueError(f"no scored pixel in split {facts['split']}: its true masks are all 255")
     iou = metrics.iou(matrix)
     by_class = {name: None if torch.isnan(v) else v.item() for name, v in zip(names, iou)}
     return {"miou": iou.nanmean().item(), "pixel_accuracy": metrics.pixel_accuracy(matrix), "iou": by_class,
@@ -132,13 +138,14 @@ def main():
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     names = ["background", *folder.classes]
+    facts = protocol(args, ids, folder.classes)
     if args.what == "cam":
         total = score_maps(args, folder, ids, folder.labels(ids), env)
     else:
         total = score_masks(args, folder, ids, env)
     total = env.sum(total).cpu()
     if env.main:
-        found = result(total[0], names, protocol(args, ids))
+        found = result(total[0], names, facts)
         if args.oracle:
             scores = [metrics.iou(m).nanmean().item() for m in total[1:]]
             best = max(range(len(scores)), key=scores.__getitem__)

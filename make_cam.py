@@ -14,7 +14,6 @@ Finished files are skipped; maps of another source or recipe are refused, or rep
     python make_cam.py --data /data/VOC2012 --out runs/weaktr --init weaktr.pth --format irn
 """
 import argparse
-import json
 from itertools import groupby
 
 import numpy as np
@@ -174,12 +173,14 @@ def sheet(folder, ids, labels, args, path):
 FREE = ("split", "limit", "batch_size", "seed", "sheets", "format")          # these do not change a picture's maps
 
 
-def open_folder(args, weights, env):
+def open_folder(args, weights, classes, env):
     """Maps that lie there must be of the same weights and recipe: their note is written before the first of them."""
     note = args.out / args.cam / "recipe.json"
     if args.resume and note.exists():
-        before = json.loads(note.read_text())
+        before = common.read_json(note)
         common.same_recipe(note.parent, before["args"], args, FREE)
+        if before["classes"] != classes:
+            raise ValueError(f"{note.parent} holds maps of other classes ({common.describe(before['classes'])}): --no-resume replaces them")
         if before["weights"] != weights:
             raise ValueError(f"{note.parent} holds maps of other weights ({before['weights']}, now {weights}): --no-resume replaces them")
     env.barrier()
@@ -189,7 +190,7 @@ def open_folder(args, weights, env):
         if not args.resume:
             for path in note.parent.glob("*.npy"):
                 path.unlink()
-        common.save_json(note, {"args": common.plain(args), "weights": weights})
+        common.save_json(note, {"args": common.plain(args), "weights": weights, "classes": classes})
     env.barrier()
 
 
@@ -205,14 +206,14 @@ def main():
     S = generator.load_generator(path, args.pool, len(folder.classes)).to(env.device).eval()
     weights = common.fingerprint(path)
 
-    open_folder(args, weights, env)
+    open_folder(args, weights, folder.classes, env)
     make(S, folder, ids, labels, args, env)
     env.barrier()
     if env.main:
         for n in range(0, min(args.sheets, len(ids)), 16):
             part = slice(n, min(n + 16, args.sheets))
             sheet(folder, ids[part], labels[part], args, args.out / "sheets" / f"{args.cam}_{n // 16}.png")
-        common.save_json(args.out / f"{args.cam}.json", {"source": args.init or args.source, "weights": weights, "scales": args.scales, "flip": args.flip,
+        common.save_json(args.out / f"{args.cam}.json", {"source": args.init or args.source, "weights": weights, "classes": folder.classes, "scales": args.scales, "flip": args.flip,
                                                          "pictures": len(ids), "maps": int(labels.sum()), "args": common.plain(args), "versions": common.versions()})
     env.close(f"{args.out / args.cam}: {len(ids)} pictures, {int(labels.sum())} maps of {args.source}")
 

@@ -10,7 +10,7 @@ Writes  <out>/JPEGImages/<id>.jpg  SegmentationClass/<id>.png  ImageSets/Segment
 """
 import argparse
 import functools
-import json
+import io
 import warnings
 from pathlib import Path
 
@@ -191,7 +191,7 @@ def words():
 
 # ---------------------------------------------------------------------------------------------- the generic trunk of the mask generator
 
-def train_backbone(seed, steps=350, batch=48, lr=3e-3, pictures=6000):
+def train_backbone(seed, steps=500, batch=48, lr=3e-3, pictures=6000):
     """The stand-in for ImageNet's weights: the toy generator's CNN learns to classify object_on_texture samples. About 4 CPU-minutes."""
     torch.manual_seed(seed)
     rng = np.random.default_rng([seed, OBJECTS])
@@ -224,8 +224,10 @@ def write_pictures(out, seed, train, val, size):
     labels = []
     for index in tqdm([i for split in numbers.values() for i in split], desc="pictures"):
         name, drawn = f"toy_{index:06d}", scene(seed, index, size)
+        jpeg = io.BytesIO()                                                # PIL's JPEG writer does not notice a full disk, Python's file does
+        Image.fromarray(drawn.image).save(jpeg, format="JPEG", quality=92)
         with common.atomic(out / "JPEGImages" / f"{name}.jpg") as beside:
-            Image.fromarray(drawn.image).save(beside, format="JPEG", quality=92)
+            beside.write_bytes(jpeg.getvalue())
         data.save_mask(out / "SegmentationClass" / f"{name}.png", drawn.mask)
         labels.append(" ".join([name, *(CLASSES[c] for c in drawn.labels)]))
     lists = {f"ImageSets/Segmentation/{split}.txt": [f"toy_{i:06d}" for i in chosen] for split, chosen in numbers.items()}
@@ -235,7 +237,7 @@ def write_pictures(out, seed, train, val, size):
 
 
 def find_weights(args):
-    """The stored CLIP and trunk, trained first if asked. -> their two paths"""
+    """The stored CLIP and trunk, trained first if asked. -> the two checkpoints"""
     paths = [args.weights / "toy_clip.pt", args.weights / "toy_backbone.pt"]
     if args.train_weights:
         args.weights.mkdir(parents=True, exist_ok=True)
@@ -244,7 +246,10 @@ def find_weights(args):
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: it comes with the repository; --train-weights makes another")
-    return paths
+    try:
+        return [torch.load(path, weights_only=True) for path in paths]
+    except Exception as error:                                             # zip, pickle and torch each raise their own for a foreign file
+        raise ValueError(f"{args.weights} holds a file that is no checkpoint ({type(error).__name__}): take the repository's, or --train-weights") from error
 
 
 def parse():
@@ -261,7 +266,7 @@ def parse():
     p.add_argument("--train-weights", action="store_true", help="train the two networks anew and replace those in --weights")
     p.add_argument("--weights-seed", type=common.natural, default=0, help="seed of the networks and of what they are trained on")
     p.add_argument("--clip-steps", type=common.positive, default=800, help="training steps of the CLIP")
-    p.add_argument("--backbone-steps", type=common.positive, default=350, help="training steps of the trunk")
+    p.add_argument("--backbone-steps", type=common.positive, default=500, help="training steps of the trunk")
     return p.parse_args()
 
 
@@ -271,18 +276,25 @@ def main():
         raise ValueError(f"--size {args.size}: pictures are 32 to 1024 pixels wide")
     if args.train > VAL_START:
         raise ValueError(f"--train {args.train}: at most {VAL_START:,}")
-    recipe = {k: v for k, v in common.plain(args).items() if k in ("seed", "train", "val", "size", "weights_seed")}
+    weights, backbone = find_weights(args)
+    recipe = {k: v for k, v in common.plain(args).items() if k in ("seed", "train", "val", "size")}
+    recipe["weights"] = [common.fingerprint(args.weights / name) for name in ("toy_clip.pt", "toy_backbone.pt")]
     done = args.out / "toy.json"
-    if done.exists():
-        if json.loads(done.read_text()) != recipe:
-            raise ValueError(f"{args.out} holds a data set made with other arguments ({done}): delete it or choose another --out")
-        print(f"{args.out} is complete")
-        return
-    clip_path, backbone_path = find_weights(args)
+    if done.exists():                                                      # its first line of defence: a folder without it is somebody's own
+        before = common.read_json(done)
+        if before.pop("finished") and before == recipe:
+            print(f"{args.out} is complete")
+            return
+        if before != recipe:
+            raise ValueError(f"{args.out} holds a data set made with other arguments or weights ({done}): delete it or choose another --out")
+    elif args.out.exists() and any(args.out.iterdir()):
+        raise ValueError(f"{args.out} is not empty and not a toy data set: choose another --out")
+    args.out.mkdir(parents=True, exist_ok=True)
+    common.save_json(done, {**recipe, "finished": False})
     write_pictures(args.out, args.seed, args.train, args.val, args.size)
-    common.save(args.out / "clip.pt", **unpack(torch.load(clip_path, weights_only=True)))
-    common.save(args.out / "backbone.pt", **torch.load(backbone_path, weights_only=True))
-    common.save_json(done, recipe)                                         # last: it stands for a finished data set
+    common.save(args.out / "clip.pt", **unpack(weights))
+    common.save(args.out / "backbone.pt", **backbone)
+    common.save_json(done, {**recipe, "finished": True})
     print(f"{args.out}: {args.train} + {args.val} pictures, clip.pt, backbone.pt")
 
 

@@ -332,7 +332,7 @@ def read_labels(folder, ids, found):
     for number, line in enumerate(lines, 1):
         id, *names = [t.strip() for t in line.split("\t")] if "\t" in line else line.split() or [""]
         names = [name.replace(" ", "_") for name in names if name]
-        unknown = [name for name in names if name not in index and not (name.isdigit() and int(name) < len(index))]
+        unknown = [name for name in names if name not in index and not (name.isdecimal() and int(name) < len(index))]
         try:
             id and data.check_id(id, f"{path}:{number}")
         except ValueError as error:

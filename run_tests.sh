@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests, from nothing: makes the environment if there is none. Arguments go to pytest: bash run_tests.sh -k crf
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
-if [ "$PYTHON" = "$PWD/.venv/bin/python" ] && ! cmp -s tests/requirements.txt .venv/complete-tests; then
+if [ "$("$PYTHON" -c "import sys; print(sys.prefix)")" = "$PWD/.venv" ] && ! cmp -s tests/requirements.txt .venv/complete-tests; then
     "$PYTHON" -m pip install --quiet -r tests/requirements.txt && cp tests/requirements.txt .venv/complete-tests
 fi
 exec "$PYTHON" -m pytest tests -q --durations=10 "$@"

@@ -12,9 +12,9 @@ SEED=${SEED:-0}
 PICTURES="--train 384 --val 128"
 SHARED="--split train --workers 0 --amp off"
 CLS="--generator cnn_toy --no-train-backbone --crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 8 --lr 1e-3 --warmup 1"
-MATCH="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 8 --lr 2e-3 --lambda-b 0.75"
+MATCH="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3 --lambda-b 0.75"
 PROMPT="--crop 96 --min-scale 1 --batch-size 64 --epochs 30 --lr 0.025 --lambda-t 0.02 --views 2"
-REFINE="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 8 --lr 2e-3 --lambda-b 0.75 --lambda-refine 0.2"
+REFINE="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3 --lambda-b 0.75 --lambda-refine 0.2"
 THRESHOLD="--threshold 0.4"
 
 if [ -n "${LOOK:-}" ]; then

@@ -20,7 +20,7 @@ make_venv() {
     rm -f "$stamp"
     "$PYTHON" -m venv .venv || { echo "setup.sh: python has no venv module: on Debian 'apt install python3-venv'" >&2; exit 1; }
     if ! .venv/bin/python -m pip install --quiet -r requirements.txt; then
-        echo "setup.sh: trying again without pydensecrf2 (no C++ compiler?): the CRF then runs in torch" >&2
+        echo "setup.sh: trying again without pydensecrf2 (no C++ compiler?)" >&2
         grep -v pydensecrf2 requirements.txt | .venv/bin/python -m pip install --quiet -r /dev/stdin
     fi
     .venv/bin/python -W ignore -c "$imports"

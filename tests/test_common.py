@@ -159,7 +159,7 @@ def test_a_full_disk_is_one_line(tmp_path):
             common.save({str(tmp_path / "cls.pt")!r}, stage="cls", model=torch.zeros(1_000_000))
         common.run(main)
     """))
-    refused(run(script, check=False), "full")
+    refused(run(script, check=False), "cls.pt", "has room")
     assert sorted(os.listdir(tmp_path)) == ["big.py"]
 
 
@@ -287,9 +287,9 @@ def interrupted():
 @pytest.mark.parametrize("main,code,line", [
     (own_words, 1, "x.py: give others\n"),
     (worker, 1, "x.py: pic.jpg is torn: replace it\n"),
-    (lambda: common.load("gone/cls.pt"), 1, "x.py: gone/cls.pt is missing: run train_cls.py first (run_voc.sh has the order)\n"),
+    (lambda: common.load("gone/cls.pt"), 1, "x.py: gone/cls.pt is missing: run train_cls.py first (README.md has the order)\n"),
     (lambda: open("/proc/no/such", "w"), 1, "x.py: /proc/no/such: No such file or directory; check that the folder exists, is writable and has room\n"),
-    (interrupted, 130, "\nx.py: interrupted; the same command goes on from what is finished\n"),
+    (interrupted, 130, "\nx.py: interrupted; nothing finished is lost: run the same command again\n"),
 ])
 def test_the_way_out_is_one_line(main, code, line, monkeypatch, capsys):
     monkeypatch.setattr(common, "ROOT", Path(__file__).parent)                # this file plays the script

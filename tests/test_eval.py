@@ -145,6 +145,10 @@ def test_two_processes_score_as_one(voc, tmp_path):
     (lambda v, o: (v / "labels.txt").write_text("a_1 zebra\n"), [], ["'zebra' is not in classes.txt"]),
     (lambda v, o: (v / "ImageSets/Segmentation/train.txt").write_text("../a_1"), [], ["is no picture id"]),
     (lambda v, o: (v / "ImageSets/Segmentation/train.txt").write_text(""), [], ["train.txt is empty"]),
+    (lambda v, o: None, ["--split", "../x"], ["--split", "'../x' is no picture id"]),
+    (lambda v, o: (o / "cam.json").write_text("{"), [], ["cam.json is not JSON"]),
+    (lambda v, o: (o / "cam.json").write_text('{"classes": ["boat", "train", "cow"]}'), [], ["cam.json", "other classes"]),
+    (lambda v, o: [data.save_mask(p, np.full((30 + 4 * (int(p.stem[2:]) % 2 == 0), 40), 255)) for p in (v / "SegmentationClass").iterdir()], [], ["no scored pixel"]),
 ])
 def test_bad_input_is_one_line(voc, tmp_path, spoil, flags, words):
     perfect_maps(data.Folder(voc), tmp_path / "out")
@@ -161,6 +165,9 @@ def test_bad_masks_are_one_line(voc, tmp_path):
     for id in LABELS:
         data.save_mask(pred / f"{id}.png", np.zeros((7, 8)))
     refused(call("eval.py", *flags), "a_1.png is 8x7, the truth 40x30")
+    data.save_mask(pred / "a_1.png", np.full((30, 40), 90))
+    refused(call("eval.py", *flags), "a_1.png holds label 90", "90-id COCO")
     (tmp_path / "file").write_text("")
     refused(call("eval.py", *flags[:3], tmp_path / "file", *flags[4:]), "file: File exists")
+    assert call("eval.py", *flags[:-4], "--what", "cam", "--threshold", "43").returncode == 2
     assert call("eval.py", *flags[:-2]).returncode == 2                          # --pred is missing: argparse says so

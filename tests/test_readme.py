@@ -43,16 +43,12 @@ def test_the_suite_is_what_ci_runs():
 
 
 def test_the_toy_run(tmp_path):
-    """`bash run_toy.sh` as a stranger types it, on few pictures; then once more, which skips everything."""
+    """`bash run_toy.sh` as a stranger types it, on few pictures."""
     assert "bash run_toy.sh" in README
     bin_dir = os.path.dirname(sys.executable)
     env = {**os.environ, "LOOK": "1", "DATA": str(tmp_path / "toy"), "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
     done = subprocess.run(["bash", "run_toy.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     out = tmp_path / "out"
-    made = {p.name: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".pt", ".npy")}
-    assert {"cls.pt", "match.pt", "prompts.pt", "refine.pt"} <= set(made) and len(list((out / "cam_refine").glob("*.npy"))) == 24
+    assert all((out / f"{name}.pt").exists() for name in ("cls", "match", "prompts", "refine")) and len(list((out / "cam_refine").glob("*.npy"))) == 24
     assert all((out / f"eval_cam_{source}_train.json").exists() and (out / f"sheets/cam_{source}_0.png").exists() for source in ("cls", "match", "refine"))
-    done = subprocess.run(["bash", "run_toy.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0 and done.stdout.count("is finished") == 4 and "is complete" in done.stdout
-    assert made == {p.name: p.stat().st_mtime_ns for p in out.rglob("*") if p.suffix in (".pt", ".npy")}

@@ -1,5 +1,6 @@
 """The embedded world: what its pictures promise, and what its CLIP knows on pictures it was not trained on."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ import clip
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, call, refused
+from conftest import ROOT, call, refused, run
 from PIL import Image
 
 sys.path.append(str(ROOT / "bench"))
@@ -76,15 +77,44 @@ def test_finished_set_is_kept_and_other_arguments_are_refused(world):
     before = (world / "labels.txt").stat().st_mtime_ns
     assert make(world, "--seed", 7, "--train", 24, "--val", 8).returncode == 0
     assert (world / "labels.txt").stat().st_mtime_ns == before
-    refused(make(world, "--seed", 9), "other arguments", str(world))
+    refused(make(world, "--seed", 9), "other arguments or weights", str(world))
 
 
 def test_an_interrupted_set_is_finished_by_the_same_command(world, tmp_path):
     shutil.copytree(world, tmp_path / "torn")
-    (tmp_path / "torn" / "toy.json").unlink()
+    note = json.loads((world / "toy.json").read_text())
+    assert note.pop("finished") is True
+    (tmp_path / "torn" / "toy.json").write_text(json.dumps({**note, "finished": False}))
     (tmp_path / "torn" / "labels.txt").write_text("torn")
+    refused(make(tmp_path / "torn", "--seed", 9), "other arguments")                   # an interrupted set too
     assert make(tmp_path / "torn", "--seed", 7, "--train", 24, "--val", 8).returncode == 0
     assert files(tmp_path / "torn") == files(world)
+    (tmp_path / "torn" / "toy.json").write_text("{")
+    refused(make(tmp_path / "torn", "--seed", 7), "toy.json is not JSON")
+
+
+def test_somebody_elses_folder_is_left_alone(tmp_path):
+    (tmp_path / "voc").mkdir()
+    (tmp_path / "voc" / "labels.txt").write_text("mine")
+    refused(make(tmp_path / "voc", "--train", 1, "--val", 1), "not empty and not a toy data set")
+    assert [p.name for p in (tmp_path / "voc").iterdir()] == ["labels.txt"]
+
+
+def test_weights_that_are_none(tmp_path):
+    for name in ("toy_clip.pt", "toy_backbone.pt"):
+        (tmp_path / name).write_text("torn")
+    refused(make(tmp_path / "out", "--weights", tmp_path), "no checkpoint")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_no_torn_picture(tmp_path):
+    """The process's file size limit stands in for the disk: masks fit, JPEGs do not."""
+    script = tmp_path / "small.py"
+    script.write_text("import resource, signal, sys, pathlib\nimport make_toy\nfrom wsss import common\n"
+                      "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))\n"
+                      "common.run(lambda: make_toy.write_pictures(pathlib.Path(sys.argv[1]), 0, 2, 1, 96))\n")
+    refused(run(script, tmp_path / "out", check=False), ".jpg: File too large")
+    assert not [p for p in (tmp_path / "out").rglob("*") if p.is_file()]
 
 
 @pytest.mark.parametrize("flags, says", [(["--size", 5], "--size"), (["--train", 600000], "--train"), (["--weights", "nowhere"], "toy_clip.pt")])

@@ -8,6 +8,7 @@
 """
 import argparse
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -29,7 +30,6 @@ ROOT = Path(__file__).resolve().parent.parent
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 MADE_BY = {  # finished weights -> the script to run when they are missing
     "cls.pt": "train_cls.py", "match.pt": "train_match.py", "prompts.pt": "train_prompt.py", "refine.pt": "train_refine.py",
-    "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
 }
 # Flags that say where and how fast, not what: two runs that differ only in these give the same numbers.
 NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every", "log_every")
@@ -210,6 +210,8 @@ def atomic(path):
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:                                  # PIL, numpy and torch do not say which file
+        raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -239,12 +241,19 @@ def fingerprint(path):
     return digest.hexdigest()[:16]
 
 
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): remove it and run its stage again") from None
+
+
 def load(path, stage=None, classes=None, map_location="cpu"):
     """A checkpoint of ours: of that stage and that class list, or one line that says what to do."""
     path = Path(path)
     if not path.exists():
         script = MADE_BY.get(path.name, "the stage that makes it")
-        raise FileNotFoundError(f"{path} is missing: run {script} first (run_voc.sh has the order)")
+        raise FileNotFoundError(f"{path} is missing: run {script} first (README.md has the order)")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:                                # zip, pickle and torch each raise their own for a foreign file
@@ -409,8 +418,12 @@ def run(main):
     try:
         main()
     except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing finished is lost: run the same command again", file=sys.stderr)
         sys.exit(130)
+    except RuntimeError as error:                             # gloo and nccl, when another rank has left with its own line
+        if not dist.is_initialized() or not re.search("peer|closed|aborted", str(error), re.I):
+            raise
+        sys.exit(1)
     except (OSError, ValueError) as error:
         if not ours(error):
             raise
@@ -431,6 +444,4 @@ def ours(error):
 def one_line(error):
     if isinstance(error, OSError) and error.errno and error.filename:
         return f"{error.filename}: {error.strerror}; check that the folder exists, is writable and has room"
-    if isinstance(error, OSError) and error.errno:
-        return f"{error.strerror}: is the disk of --out full or gone?"
     return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")

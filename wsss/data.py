@@ -9,6 +9,7 @@ Class index 0..C-1 in every tensor; +1 only in a label map (`.png`), where 0 is 
 Nothing is read outside the folder, no file runs code, and every refusal names the file and the remedy.
 """
 import contextlib
+import errno
 import os
 import pickle
 import xml.etree.ElementTree as ElementTree
@@ -72,7 +73,7 @@ class Folder:
 
     def ids(self, split, limit=0):
         """Ids of a split, in the order of its list; the first `limit` if that is not 0."""
-        path = self.root / "ImageSets" / "Segmentation" / f"{split}.txt"
+        path = self.root / "ImageSets" / "Segmentation" / f"{check_id(split, '--split')}.txt"
         if not path.exists() and split == "train_aug":
             ids = self._train_aug()
         elif not path.exists():
@@ -119,10 +120,10 @@ class Folder:
         table, source = self._labels
         if id not in table and source is None:
             table[id] = read_xml(self.root / "Annotations" / f"{id}.xml", self.classes)
-        if id not in table and source.suffix == ".npy":                    # IRN's integer keys: 2007_000032 is 2007000032
-            id = "".join(filter(str.isdigit, id)).lstrip("0")
-        if id not in table:
-            raise ValueError(f"{source} has no entry for {id}: add one (the id alone if no class is present)")
+        if id not in table and source.suffix == ".npy" and id.replace("_", "").isdecimal():
+            table[id] = table.get(int(id.replace("_", "")))               # IRN's integer keys: 2007_000032 is 2007000032
+        if table.get(id) is None:
+            raise ValueError(f"{source} has no entry for {id}: write labels.txt, a line a picture (the id alone if no class is present)")
         return table[id]
 
     # -- pictures and truth
@@ -192,7 +193,7 @@ def read_label_list(path, classes):
             raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one")
         present = set()
         for name in filter(None, names):
-            if name not in index and not (name.isdigit() and int(name) < len(classes)):
+            if name not in index and not (name.isdecimal() and int(name) < len(classes)):
                 raise ValueError(f"{path}:{number}: {name!r} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...)")
             present.add(index[name] if name in index else int(name))
         labels[id] = sorted(present)
@@ -236,7 +237,7 @@ def read_cls_labels(path, classes):
                 table = Restricted(file).load().item()
             else:
                 raise ValueError("it holds a plain array, not a dict")
-        labels = {str(key): np.flatnonzero(value).tolist() for key, value in table.items()}
+        labels = {key if isinstance(key, str) else int(key): np.flatnonzero(value).tolist() for key, value in table.items()}
     except Exception as error:                                             # pickle raises whatever its bytes provoke
         raise ValueError(f"{path} is refused ({error}): a dict from id to multi-hot labels is expected; labels.txt says the same in plain text") from None
     wrong = [key for key, value in table.items() if np.shape(value) != (len(classes),)]
@@ -261,7 +262,7 @@ def load_image(path):
             image = ImageOps.exif_transpose(file)                          # reads the pixels: a truncated file ends here
             if image.mode.startswith("I") or image.mode == "F":
                 values = np.asarray(image, dtype=np.float64)
-                top = 65535 if image.mode.startswith("I") and values.max(initial=0) > 255 else 255
+                top = 65535 if image.mode.startswith("I;16") or image.mode == "I" and values.max(initial=0) > 255 else 255
                 return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
             if "A" in image.getbands() or "transparency" in image.info:
                 image = image.convert("RGBA")
@@ -342,6 +343,8 @@ def atomic(path):
     try:
         yield beside
         os.replace(beside, path)
+    except OSError as error:
+        raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
         beside.unlink(missing_ok=True)
 
@@ -377,12 +380,13 @@ def load_cam(path, labels):
     """-> (indices of the classes present (P,), maps (P, h, w) float32). `labels` multi-hot (C,) says which rows these are."""
     path, classes = Path(path), present(labels)
     if not path.exists():
-        raise FileNotFoundError(f"{path} is missing: run make_cam.py first (run_voc.sh has the order)")
+        raise FileNotFoundError(f"{path} is missing: run make_cam.py first (README.md has the order)")
     try:
         cam = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ValueError(f"{path} is not a plain .npy array ({str(error).splitlines()[0]}): remove it and run make_cam.py again") from None
-    if not isinstance(cam, np.ndarray) or cam.dtype.kind != "f" or cam.ndim != 3:
+    except Exception as error:                                             # numpy's header parser, zip and memory each raise their own
+        raise ValueError(f"{path} is not a plain .npy array ({(str(error).splitlines() or [type(error).__name__])[0]}): "
+                         "remove it and run make_cam.py again") from None
+    if not isinstance(cam, np.ndarray) or cam.dtype.kind != "f" or cam.ndim != 3 or 0 in cam.shape[1:]:
         raise ValueError(f"{path} holds {getattr(cam, 'dtype', type(cam).__name__)} {np.shape(cam)}, maps are float (P, h, w): run make_cam.py again")
     if len(cam) != len(classes):
         raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
