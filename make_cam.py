@@ -43,7 +43,7 @@ def parse():
 
 def irn(path, classes, cam, size):
     """keys 0..C-1, maps at a quarter of the size and at full size."""
-    small = data.resize_maps(cam, [max(1, round(n / 4)) for n in size])
+    small = data.resize_maps(cam, [(n - 1) // 4 + 1 for n in size])                     # as IRN's edge map
     np.save(path, {"keys": np.asarray(classes), "cam": small.numpy(), "high_res": data.resize_maps(cam, size).numpy()}, allow_pickle=True)
 
 
@@ -63,9 +63,16 @@ def fma(path, classes, cam, size):
 FORMATS = {"irn": irn, "psa": psa, "clip_es": clip_es, "fma": fma}
 
 
+def exported(args, id):
+    return args.out / f"{args.cam}_{args.format}" / f"{id}.{'npz' if args.format == 'fma' else 'npy'}"
+
+
+def finished(args, id):
+    return (args.out / args.cam / f"{id}.npy").exists() and (not args.format or exported(args, id).exists())
+
+
 def export(args, id, classes, cam, size):
-    folder = args.out / f"cam_{args.format}"
-    with data.atomic(folder / f"{id}.{'npz' if args.format == 'fma' else 'npy'}") as beside, open(beside, "wb") as file:
+    with data.atomic(exported(args, id)) as beside, open(beside, "wb") as file:
         FORMATS[args.format](file, classes, torch.as_tensor(cam).float(), size)
 
 
@@ -109,7 +116,7 @@ def maps_of(S, images, b, k, args):
 
 def make(S, folder, ids, labels, args, env):
     """Writes the maps of this process's pictures that are not there yet."""
-    mine = [n for n in env.shard(range(len(ids))) if not (args.resume and (args.out / args.cam / f"{ids[n]}.npy").exists())]
+    mine = [n for n in env.shard(range(len(ids))) if not (args.resume and finished(args, ids[n]))]
     batches = list(batches_of_equal_size(folder, [ids[n] for n in mine], args.batch_size))
     loader = DataLoader(Pictures(folder, [ids[n] for n in mine]), batch_sampler=batches, num_workers=args.workers,
                         pin_memory=env.device.type == "cuda")
@@ -185,11 +192,12 @@ def open_folder(args, weights, classes, env):
             raise ValueError(f"{note.parent} holds maps of other weights ({before['weights']}, now {weights}): --no-resume replaces them")
     env.barrier()
     if env.main:
-        for name in [args.cam, "sheets"] + ([f"cam_{args.format}"] if args.format else []):
+        for name in [args.cam, "sheets"] + ([f"{args.cam}_{args.format}"] if args.format else []):
             (args.out / name).mkdir(exist_ok=True)
         if not args.resume:
             for path in note.parent.glob("*.npy"):
                 path.unlink()
+        (args.out / f"{args.cam}.json").unlink(missing_ok=True)                         # it stands for a finished folder
         common.save_json(note, {"args": common.plain(args), "weights": weights, "classes": classes})
     env.barrier()
 

@@ -25,7 +25,7 @@ def parse():
     p.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of attention fusion (max: VOC, avg: COCO)")
     p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
-    p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS) to take as cls.pt instead of training one")
+    p.add_argument("--init", help="published generator (WeakTr, SemPLeS) to take as cls.pt instead of training one")
     g = common.training(p, epochs=60, lr=7.5e-5)
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while it trains")
     g.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up from --warmup-lr")
@@ -53,13 +53,14 @@ def main():
     args = parse()
     env = common.Env(args)
     out, last = args.out / "cls.pt", args.out / "cls.last.pt"
+    args.inputs = common.inputs(start=args.init or args.start)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     finish = dict(stage="cls", classes=folder.classes, args=common.plain(args))
 
-    model = build(args, len(folder.classes)).to(env.device)
+    model = env.in_turn(lambda: build(args, len(folder.classes))).to(env.device)
     if args.init:
         if env.main:
             common.save(out, model=model.state_dict(), **finish)
@@ -81,15 +82,16 @@ def main():
                 _, logits = S(images)                                           # a tuple of (B, C)
             parts = [common.mean(losses.cls_loss(z, labels)) for z in logits]
             loss = sum(parts)
+            lr = optimizer.param_groups[0]["lr"]
             scaler.scale(loss).backward()
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
             meter.add(numbers, loss=loss, **{f"loss_{i}": part for i, part in enumerate(parts)},
-                      accuracy=common.mean(((logits[-1] > 0) == (labels > 0)).float().flatten()))
+                      accuracy=common.mean(((logits[0] > 0) == (labels > 0)).float().flatten()))
             done = epoch * len(batches) + step
             save = step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
-                log(done, epoch=epoch, lr=schedule.get_last_lr()[0], **meter.read(ids))
+                log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:
                 common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0

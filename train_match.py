@@ -34,16 +34,18 @@ def main():
     args = parse()
     env = common.Env(args)
     out, last = args.out / "match.pt", args.out / "match.last.pt"
+    start = args.init or args.out / "cls.pt"
+    args.inputs = common.inputs(start=start, clip=args.clip)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
-    clip = clip_model.load_clip(args.clip, env.device)
+    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
     class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
     if not args.init:
-        common.load(args.out / "cls.pt", "cls", folder.classes)
-    model = generator.load_generator(args.init or args.out / "cls.pt", args.pool, len(folder.classes), args.drop_path).to(env.device)
+        common.load(start, "cls", folder.classes)
+    model = generator.load_generator(start, args.pool, len(folder.classes), args.drop_path).to(env.device)
     trained = [w for _, w in generator.parameters_to_train(model, args.train_backbone)]
 
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
@@ -57,8 +59,8 @@ def main():
     for epoch in range(begin, args.epochs):
         batches.start(epoch, skip)
         for step, (images, labels, numbers) in enumerate(env.progress(loader, f"match {epoch + 1}/{args.epochs}", len(batches), skip), skip + 1):
-            images, labels = images.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
-            b, k = labels.nonzero(as_tuple=True)                                        # (P,) picture and class of every pair
+            b, k = (x.to(env.device, non_blocking=True) for x in labels.nonzero(as_tuple=True))
+            images = images.to(env.device, non_blocking=True)                                        # (P,) picture and class of every pair
             with env.autocast():
                 maps = S(images)[0][b, k]                                               # (P, h, w)
                 maps = F.interpolate(maps[:, None], clip.size, mode="bilinear")[:, 0]   # (P, H, W) of CLIP's input
@@ -66,6 +68,7 @@ def main():
                 regions = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
                 v_f, v_b = clip.encode_normalized(torch.cat(regions), args.micro_batch, args.mask_fill).chunk(2)     # (P, D) each
             loss = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                            # Eq. 1
+            lr = optimizer.param_groups[0]["lr"]
             scaler.scale(loss).backward()
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
@@ -75,7 +78,7 @@ def main():
             done = epoch * len(batches) + step
             save = step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
-                log(done, epoch=epoch, lr=schedule.get_last_lr()[0], **meter.read(ids))
+                log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:
                 common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0

@@ -37,7 +37,7 @@ def parse():
 @torch.no_grad()
 def encode_background(clip, S, images, b, k, args):
     """v_b = E_I((1 - M) X) of the pairs (b, k) of a batch, (P, D), and the mean of each mask (P,)."""
-    maps = F.interpolate(S.maps(images)[b, k][:, None], clip.size, mode="bilinear")[:, 0]               # (P, H, W)
+    maps = F.interpolate(S(images)[0][b, k][:, None], clip.size, mode="bilinear")[:, 0]               # (P, H, W)
     masks = maps if S.maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
     _, background = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
     return clip.encode_normalized(background, args.micro_batch, args.mask_fill), masks.mean((1, 2))
@@ -87,16 +87,18 @@ def main():
     args = parse()
     env = common.Env(args)
     out, last = args.out / "prompts.pt", args.out / "prompts.last.pt"
+    start = args.init or args.out / "match.pt"
+    args.inputs = common.inputs(start=start, clip=args.clip)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
-    clip = clip_model.load_clip(args.clip, env.device)
+    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
     class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
     if not args.init:
-        common.load(args.out / "match.pt", "match", folder.classes)
-    S = generator.load_generator(args.init or args.out / "match.pt", args.pool, len(folder.classes)).to(env.device).eval().requires_grad_(False)
+        common.load(start, "match", folder.classes)
+    S = generator.load_generator(start, args.pool, len(folder.classes)).to(env.device).eval().requires_grad_(False)
     common.seed_all(args.seed)                                                          # the same prompts on every process
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
@@ -116,6 +118,7 @@ def main():
             with env.autocast():
                 u_b = prompts()[k]                                                      # (P, D)
             loss = common.mean(losses.prompt_loss(u_b, v_b, class_text[k], args.lambda_t, args.repel, args.lambda_i))    # Eq. 2
+            lr = optimizer.param_groups[0]["lr"]
             scaler.scale(loss).backward()
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
@@ -124,7 +127,7 @@ def main():
             done = epoch * len(batches) + step
             save = step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
-                log(done, epoch=epoch, lr=schedule.get_last_lr()[0], **meter.read(ids))
+                log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:
                 common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0

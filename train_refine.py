@@ -7,7 +7,7 @@ Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl
 L_total = L_match + lambda L_refine, L_refine = -log(1 - sim(E_I(X_f), u_b)), with u_b = E_T(p_k) of the learned prompts, fixed.
 
 --scheme sequential is the paper's: (a), (b), (c) once. alternate repeats (b) and (c), --rounds in all (one round is sequential);
-joint trains S and fresh prompts at once by all three losses, the prompts detached in L_refine, S detached in L_prompt.
+joint trains S and fresh prompts at once by all three losses from <out>/cls.pt, the prompts detached in L_refine, S detached in L_prompt.
 
     python train_refine.py --data /data/VOC2012 --out runs/voc
     python train_refine.py --data /data/VOC2012 --out runs/voc --init runs/voc/cls.pt      # only the prompts carry over (authors' code)
@@ -53,6 +53,10 @@ def load_prompts(args, clip, classes):
     content = common.load(args.out / "prompts.pt", "prompts", classes)
     prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
     common.load_weights(prompts, content["model"], args.out / "prompts.pt")
+    learned = {**content["args"], **content["args"]["inputs"]}
+    for name, now in (("clip", args.inputs["clip"] or args.clip), ("template", args.template)):
+        if learned[name] not in (now, None):
+            raise ValueError(f"{args.out / 'prompts.pt'} was learned with another --{name}: give the same, or run train_prompt.py with this one")
     return prompts
 
 
@@ -60,21 +64,25 @@ def main():
     args = parse()
     env = common.Env(args)
     out, last = args.out / "refine.pt", args.out / "refine.last.pt"
+    start = args.init or args.out / ("cls.pt" if args.scheme == "joint" else "match.pt")
+    args.inputs = common.inputs(start=start, clip=args.clip, prompts=args.out / "prompts.pt")
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
-    clip = clip_model.load_clip(args.clip, env.device)
+    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
     class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
     if not args.init:
-        common.load(args.out / "match.pt", "match", folder.classes)
+        common.load(start, start.stem, folder.classes)
     model = torch.nn.ModuleDict({
-        "S": generator.load_generator(args.init or args.out / "match.pt", args.pool, len(folder.classes), args.drop_path).to(env.device),
+        "S": generator.load_generator(start, args.pool, len(folder.classes), args.drop_path).to(env.device),
         "prompts": load_prompts(args, clip, folder.classes)})
     trained = [w for _, w in generator.parameters_to_train(model["S"], args.train_backbone)]
     phases = {"sequential": ["refine"], "alternate": ["refine"] + ["prompt", "refine"] * (args.rounds - 1), "joint": ["joint"]}[args.scheme]
     total = args.epochs * len(phases)
+
+    common.seed_all(args.seed + env.rank)                                               # the noise of S differs between processes again
 
     optimizer = torch.optim.AdamW([{"params": trained, "lr": args.lr}, {"params": model["prompts"].parameters(), "lr": args.lr_prompts}],
                                   weight_decay=args.weight_decay)
@@ -92,12 +100,13 @@ def main():
         with torch.no_grad():
             fixed = model["prompts"]()                                                  # u_b (C, D), once: prompts rest in a refine phase
         for step, (images, labels, numbers) in enumerate(env.progress(loader, f"{phase} {epoch + 1}/{total}", len(batches), skip), skip + 1):
-            images, labels = images.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
-            b, k = labels.nonzero(as_tuple=True)                                        # (P,) picture and class of every pair
+            b, k = (x.to(env.device, non_blocking=True) for x in labels.nonzero(as_tuple=True))
+            images = images.to(env.device, non_blocking=True)                                        # (P,) picture and class of every pair
             with env.autocast(), torch.set_grad_enabled(phase != "prompt"):
                 maps = S(images)[0][b, k]                                               # (P, h, w)
                 maps = F.interpolate(maps[:, None], clip.size, mode="bilinear")[:, 0]   # (P, H, W) of CLIP's input
-                masks = maps if model["S"].maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
+                # Differs from the paper: in later rounds (b) has its own eps, but sees the crops, the batches and the epochs of (c).
+                masks = maps if model["S"].maps_are_masks else losses.mask_from_map(maps, 1e-4 if phase == "prompt" else args.mask_eps)
                 regions = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
                 v_f, v_b = clip.encode_normalized(torch.cat(regions), args.micro_batch, args.mask_fill).chunk(2)     # (P, D) each
             with env.autocast():
@@ -106,6 +115,7 @@ def main():
             refine = common.mean(losses.refine_loss(v_f, u_b.detach()))                                              # Eq. 3
             prompt = common.mean(losses.prompt_loss(u_b, v_b.detach(), class_text[k], args.lambda_t, args.repel))    # Eq. 2
             loss = prompt if phase == "prompt" else match + args.lambda_refine * refine + (prompt if phase == "joint" else 0)
+            lr = optimizer.param_groups[phase == "prompt"]["lr"]
             scaler.scale(loss).backward()
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
@@ -116,7 +126,7 @@ def main():
             done = epoch * len(batches) + step
             save = step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
-                log(done, epoch=epoch, phase=phase, lr=schedule.get_last_lr()[0], **meter.read(ids))
+                log(done, epoch=epoch, phase=phase, lr=lr, **meter.read(ids))
             if save:
                 common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0

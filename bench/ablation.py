@@ -11,8 +11,10 @@ share the draw, the classification start and stage (a). Every row after (a) is t
 The threshold was fixed beforehand. Ground truth only scores. Beside mIoU: which share of the objects is lit (recall), which share of
 their own background (own), and that share at the threshold where the row's recall equals that of `match` (own at equal recall).
 
-    python bench/ablation.py --pairs 8 --jobs 2 --out runs/ablation
+    python bench/ablation.py --pairs 8 --jobs 2 --write
     python bench/ablation.py --pairs 4 --rows full lambda_0.05 lambda_0.5 joint alternate_2
+
+Rows that lie in --out already are kept; another recipe in run_toy.sh is refused there. --write puts the table into docs/results.md.
 """
 import argparse
 import importlib
@@ -58,7 +60,7 @@ def rows_after_match(name, base):
     if name == "image":
         return ["--lambda-t", "0"], []
     if name == "joint":
-        return None, ["--scheme", "joint"]
+        return None, ["--scheme", "joint", "--init", base / "cls.pt"]
     if name.startswith("alternate_"):
         return [], ["--scheme", "alternate", "--rounds", name.split("_")[1]]
     if name.startswith("lambda_"):
@@ -95,7 +97,8 @@ def run_pair(number, args):
     ids = folder.ids("train")
     labels = folder.labels(ids)
     threshold = float(flags["THRESHOLD"][1])
-    found = {}
+    path = args.out / f"pair_{number}.json"
+    found = json.loads(path.read_text())["rows"] if path.exists() else {}
 
     def shared(out):
         return ["--data", world, "--out", out, "--seed", seed, *flags["SHARED"]]
@@ -108,10 +111,12 @@ def run_pair(number, args):
 
     clip = ["--clip", world / "clip.pt"]
     stage("train_cls.py", *shared(base), *flags["CLS"], "--start", world / "backbone.pt")
-    score("cls", base, "cls")
+    if "cls" not in found:
+        score("cls", base, "cls")
     stage("train_match.py", *shared(base), *clip, *flags["MATCH"])
-    score("match", base, "match")
-    for name in [row for row in args.rows if row not in ("cls", "match")]:
+    if "match" not in found:
+        score("match", base, "match")
+    for name in [row for row in args.rows if row not in found]:
         prompt, refine = rows_after_match(name, base)
         out = root / name
         if prompt is not None:
@@ -122,7 +127,17 @@ def run_pair(number, args):
     for row in found.values():
         row["recall"], row["own_lit"] = (row[part][int(round(threshold * 200))] for part in ("object", "own"))
         row["own_equal_recall"] = float(np.interp(-reference, -np.array(row["object"]), row["own"]))
-    (args.out / f"pair_{number}.json").write_text(json.dumps({"draw": draw, "seed": seed, "threshold": threshold, "rows": found}))
+    path.write_text(json.dumps({"draw": draw, "seed": seed, "recipe": flags, "rows": found}))
+
+
+def missing(path, rows, draw):
+    """True when a pair lacks a row; what another recipe made is refused."""
+    if not path.exists():
+        return True
+    before = json.loads(path.read_text())
+    if before["recipe"] != recipe() or before["draw"] != draw:
+        sys.exit(f"{path} was made by another recipe of run_toy.sh or another draw: take another --out")
+    return not set(rows) <= set(before["rows"])
 
 
 # Two-sided 95 % points of Student's t for 1..11 degrees of freedom.
@@ -137,9 +152,8 @@ def interval(values):
     return f"{values.mean():+.2f} +- {STUDENT[min(len(values) - 2, 10)] * values.std(ddof=1) / math.sqrt(len(values)):.2f}"
 
 
-def table(pairs):
+def table(pairs, names):
     """Markdown: a row of the table each, means over the pairs and the paired difference to `match` and to `again`."""
-    names = [name for name in pairs[0]["rows"] if all(name in p["rows"] for p in pairs)]
     column = lambda name, key: np.array([p["rows"][name][key] for p in pairs])
     lines = ["| row | mIoU | by pair | - match | - again | recall | own lit | own at equal recall |", "|---|---|---|---|---|---|---|---|"]
     for name in names:
@@ -157,22 +171,31 @@ def main():
     p.add_argument("--first-draw", type=int, default=301, help="draws 100 to 110 chose the recipe")
     p.add_argument("--rows", nargs="+", default=TABLE5)
     p.add_argument("--jobs", type=int, default=2)
+    p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=int, help="run this pair in this process (used by --jobs)")
     args = p.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.only is not None:
         return run_pair(args.only, args)
-    waiting, running = [n for n in range(args.pairs) if not (args.out / f"pair_{n}.json").exists()], []
+    rows = ["cls", "match", *(row for row in args.rows if row not in ("cls", "match"))]
+    waiting, running = [n for n in range(args.pairs) if missing(args.out / f"pair_{n}.json", rows, args.first_draw + n)], []
     while waiting or running:
         while waiting and len(running) < args.jobs:
             n = waiting.pop(0)
             log = open(args.out / f"pair_{n}.log", "w")
             running.append(subprocess.Popen([sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--only", str(n)], stdout=log, stderr=log))
         if running[0].wait() != 0:
+            [process.kill() for process in running[1:]]
             sys.exit(f"a pair failed: see {args.out}/pair_*.log")
         running.pop(0)
     pairs = [json.loads((args.out / f"pair_{n}.json").read_text()) for n in range(args.pairs)]
-    print(table(pairs))
+    text = table(pairs, rows)
+    print(text)
+    if args.write:
+        page = ROOT / "docs/results.md"
+        start, end = "<!-- bench/ablation.py -->", "<!-- end -->"
+        before, _, rest = page.read_text().partition(start)
+        page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

@@ -223,3 +223,25 @@ def test_the_shipped_backbone_starts_a_toy_generator():
     state = torch.load(path, weights_only=True)["model"]
     model = g.build_generator("cnn_toy", 8, start=path)
     assert all(torch.equal(model.state_dict()[name], value.float()) for name, value in state.items())
+
+
+def test_resnet50_trains_masks_and_infers_maps():
+    """The stages see sigmoid(logits), in training and with S at rest; inference sees relu(logits); strides 2, 2, 2, 1."""
+    torch.manual_seed(0)
+    model, images = g.build_generator("resnet50", 3), torch.rand(1, 3, 64, 96)
+    with torch.no_grad():
+        for mode in (True, False):
+            masks, (logits,) = model.train(mode)(images)
+            assert masks.shape == (1, 3, 4, 6) and 0 <= masks.min() and masks.max() <= 1
+            assert torch.equal(model.maps(images), model.class_logits(images).relu()) and torch.equal(masks, model.class_logits(images).sigmoid())
+            assert (model.maps(images) == 0).any()
+            assert torch.allclose(logits, model.class_logits(images).mean((2, 3)))
+    assert [n for n, _ in g.parameters_to_train(model)] == ["classifier.weight"]
+
+
+def test_our_checkpoints_carry_their_pooling(tmp_path):
+    model = g.build_generator("deit_tiny", 2, pool="avg")
+    torch.save({"model": model.state_dict(), "stage": "cls", "classes": ["a", "b"], "args": {"pool": "avg"}}, tmp_path / "cls.pt")
+    assert g.load_generator(tmp_path / "cls.pt").adaptive_attention_fusion.pool == "avg"
+    torch.save({"model": model.state_dict()}, tmp_path / "published.pth")
+    assert g.load_generator(tmp_path / "published.pth", pool="avg").adaptive_attention_fusion.pool == "avg"

@@ -76,9 +76,9 @@ def test_only_head_and_fusion_of_S_train(world):
 
 
 def test_all_of_S_trains_from_labels_and_on_demand(world, tmp_path):
-    fresh = generator.build_generator("deit_tiny", 3).state_dict()
-    trained = weights(world / "first/cls.pt")
-    assert {k for k in fresh if k in trained} == set(trained) and trained["head.weight"].shape[0] == 3
+    common.seed_all(0)                                                           # as Env does
+    fresh, trained = generator.build_generator("deit_tiny", 3).state_dict(), weights(world / "first/cls.pt")
+    assert {k for k in fresh if torch.equal(fresh[k], trained[k])} == {"norm.weight", "norm.bias"}
     out = copy_inputs(world, tmp_path / "out", "match")
     call("train_match.py", *flags("train_match.py", world, out, "--train-backbone"))
     before, after = weights(out / "cls.pt"), weights(out / "match.pt")
@@ -204,6 +204,19 @@ def test_finished_is_skipped_and_another_recipe_refused(world):
     refused(call("train_match.py", *flags("train_match.py", world, world / "out", "--lambda-b", "0.75")), "--lambda-b 2.4 (now 0.75)", "another --out")
 
 
+def test_other_inputs_are_another_recipe(world, tmp_path, tiny_clip):
+    """A stage that was finished from other weights is not taken for finished; prompts of another CLIP are refused."""
+    out = copy_inputs(world, tmp_path / "out", "match")
+    assert call("train_match.py", *flags("train_match.py", world, out)).returncode == 0
+    assert call("train_prompt.py", *flags("train_prompt.py", world, out)).returncode == 0
+    assert call("train_match.py", *flags("train_match.py", world, out, "--lambda-b", "0.1", "--no-resume")).returncode == 0
+    refused(call("train_prompt.py", *flags("train_prompt.py", world, out)), "prompts.pt was made from another start file", "--no-resume")
+    other = torch.load(tiny_clip, weights_only=True)
+    other["text_projection"] = other["text_projection"] * 1.1
+    torch.save(other, tmp_path / "other.pt")
+    refused(call("train_refine.py", *flags("train_refine.py", world, out, "--clip", tmp_path / "other.pt")), "learned with another --clip")
+
+
 # ---------------------------------------------------------------- two processes
 
 DRIVER = """
@@ -228,9 +241,12 @@ def test_two_processes_are_one(world, tmp_path):
     for stage in STAGES.values():
         name = f"{'first' if stage == 'cls' else 'out'}/{stage}"
         assert same(weights(tmp_path / f"{name}.pt"), weights(world / f"{name}.pt"), 1e-5), stage
+        assert len(rows(world / f"{name}.jsonl")) == len(rows(tmp_path / f"{name}.jsonl")) > 2
         for one, two in zip(rows(world / f"{name}.jsonl"), rows(tmp_path / f"{name}.jsonl")):
             assert all(two[k] == pytest.approx(v, abs=1e-4) for k, v in one.items() if k not in ("seconds", "phase")), stage
-    assert len(list((tmp_path / "out/cam").glob("*.npy"))) == 5
+    call("make_cam.py", "--data", world / "data", "--out", out, *SHARED, "--cam", "cam_one")
+    for id in LABELS:
+        assert np.abs(np.load(out / f"cam/{id}.npy").astype(float) - np.load(out / f"cam_one/{id}.npy")).max(initial=0) < 2e-3
 
 
 # ---------------------------------------------------------------- maps
@@ -277,6 +293,7 @@ def test_finished_maps_are_kept_and_others_refused(world, tmp_path):
     assert (out / "cam/a_1.npy").stat().st_mtime_ns == old and len(list((out / "cam").glob("*.npy"))) == 5
     refused(call(*base, "--source", "match"), "--source refine (now match)")
     refused(call(*base, "--scales", "1.0"), "--scales")
+    assert call(*base, "--format", "psa").returncode == 0 and len(list((out / "cam_psa").glob("*.npy"))) == 5      # asked for later: made now
     assert call(*base, "--source", "match", "--no-resume").returncode == 0
     assert (out / "cam/a_1.npy").stat().st_mtime_ns != old
     done = json.loads((out / "cam.json").read_text())
@@ -309,7 +326,7 @@ def test_formats_of_other_projects(world, maps, tmp_path):
         else:
             high = table["high_res" if name == "irn" else "attn_highres"]
             assert list(table["keys"]) == [1, 2] and np.abs(high - full).max() < 1e-3
-            assert name != "irn" or table["cam"].shape == (2, 8, 10)
+            assert name != "irn" or table["cam"].shape == (2, 9, 10)
 
 
 # ---------------------------------------------------------------- bad input

@@ -161,6 +161,15 @@ class Env:
             dist.all_reduce(tensor)
         return tensor
 
+    def in_turn(self, make):
+        """make() on rank 0 first: it may download what the others then find."""
+        if not self.main:
+            self.barrier()
+        made = make()
+        if self.main:
+            self.barrier()
+        return made
+
     def barrier(self):
         if self.world > 1:
             dist.barrier()
@@ -183,7 +192,7 @@ def mean(values):
 
     Ranks hold different numbers of pairs, so the mean of per-rank means would weigh pairs differently:
     sum * world / count, with the count summed over ranks. A rank with no pair contributes a zero that has a gradient."""
-    count = torch.tensor(values.numel(), dtype=torch.float32, device=values.device)
+    count = torch.full((), values.numel(), dtype=torch.float32, device=values.device)      # filled on the device: nothing waits
     world = 1
     if dist.is_initialized():
         dist.all_reduce(count)
@@ -248,6 +257,11 @@ def read_json(path):
         raise ValueError(f"{path} is not JSON ({error}): remove it and run its stage again") from None
 
 
+def inputs(**paths):
+    """Fingerprints of what a stage reads, kept with its arguments: other weights are another recipe. A name to download has none."""
+    return {name: fingerprint(path) if Path(path).is_file() else None for name, path in paths.items()}
+
+
 def load(path, stage=None, classes=None, map_location="cpu"):
     """A checkpoint of ours: of that stage and that class list, or one line that says what to do."""
     path = Path(path)
@@ -293,6 +307,10 @@ def finished(path, args):
 def same_recipe(path, before, args, free=()):
     """Refuses `path` if it was made with other arguments than now, those in `free` left aside."""
     before, now = recipe(before), recipe(args)
+    old, new = (x.pop("inputs", {}) for x in (before, now))
+    changed = [k for k in new if new[k] and old.get(k) and new[k] != old[k]]
+    if changed:
+        raise ValueError(f"{path} was made from another {changed[0]} file than is there now: take another --out, or --no-resume to replace it")
     other = [f"--{k.replace('_', '-')} {before.get(k)} (now {now.get(k)})" for k in {**before, **now} if k not in free and before.get(k) != now.get(k)]
     if other:
         raise ValueError(f"{path} was made with {', '.join(other)}: take another --out, or --no-resume to replace it")

@@ -425,10 +425,12 @@ def train_transform(size, scale=(0.08, 1.0), randaugment=False, erase=0.0):
     """RandomResizedCrop and flip of picture and mask alike; RandAugment m9 and random erasing if asked (SemPLeS (a), (c))."""
     steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip()]
     if randaugment:
-        steps.append(v2.RandAugment(magnitude=9, interpolation=v2.InterpolationMode.BILINEAR))
+        steps.append(v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR))     # 9 of 10, as timm counts
     steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
-    if erase:
-        steps.append(v2.RandomErasing(erase, value="random"))                  # noise, cut to [0, 1] by Samples
+    if erase:                                                                  # by the mean colour +- its spread; Samples cuts it to [0, 1]
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        steps += [v2.Normalize(mean.tolist(), std.tolist()), v2.RandomErasing(erase, value="random"),
+                  v2.Normalize((-mean / std).tolist(), (1 / std).tolist())]
     return v2.Compose(steps)
 
 
@@ -450,7 +452,7 @@ class Samples(Dataset):
         image = tv_tensors.Image(np.array(load_image(self.folder.picture(self.ids[i]))).transpose(2, 0, 1))
         parts = (image,) if self.masks is None else (image, tv_tensors.Mask(self.mask(i, image)))
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(hash((self.seed, epoch, i)) & 0x7FFFFFFFFFFFFFFF)
+            torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0x7FFFFFFFFFFFFFFF)
             out = self.transform(*parts)
         image = (out if self.masks is None else out[0]).as_subclass(torch.Tensor).clamp(0, 1)
         return image, self.labels[i] if self.masks is None else out[1].as_subclass(torch.Tensor).long(), i

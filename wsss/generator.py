@@ -187,7 +187,7 @@ class DeiT(nn.Module):
 # ------------------------------------------------------------------------------------------------ ResNet-50 (CLIMS)
 
 class ResNet50(nn.Module):
-    """Stride 16 and a 1x1 classifier. While it trains the map is sigmoid(logits), a mask already; otherwise relu(logits)."""
+    """Stride 16 and a 1x1 classifier. The stages train and use sigmoid(logits), a mask already; the maps for inference are relu(logits)."""
 
     trains_when_frozen = ("classifier.",)
     maps_are_masks = True
@@ -207,15 +207,19 @@ class ResNet50(nn.Module):
 
     def maps(self, images):
         """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w), >= 0"""
-        return self(images)[0]
+        return self.class_logits(images).relu()
 
     def forward(self, images):
-        """RGB in [0, 1] (B, 3, H, W) -> maps (B, C, h, w); a tuple of one: the logits (B, C) of the plain CAM classifier"""
+        """RGB in [0, 1] (B, 3, H, W) -> masks (B, C, h, w) in (0, 1); a tuple of one: the logits (B, C) of the plain CAM classifier"""
+        logits = self.class_logits(images)
+        return logits.sigmoid(), (logits.mean((-2, -1)),)
+
+    def class_logits(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w)"""
         net, x = self.backbone, (images - self.mean) / self.std
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
         x = net.layer4(net.layer3(net.layer2(net.layer1(x))))                         # (B, 2048, h, w)
-        logits = self.classifier(x).float()                                           # (B, C, h, w)
-        return logits.sigmoid() if self.training else logits.relu(), (logits.mean((-2, -1)),)
+        return self.classifier(x).float()
 
     def load_imagenet(self, state):
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
@@ -314,10 +318,11 @@ def download_imagenet(name):
 
 
 def load_generator(path, pool="max", num_classes=None, drop_path=0.1):
-    """A checkpoint of ours, WeakTr's or SemPLeS's -> S. Sizes come from the weights; `pool` is in none of them (max: VOC, avg: COCO).
+    """A checkpoint of ours, WeakTr's or SemPLeS's -> S. Sizes come from the weights; `pool` (max: VOC, avg: COCO) is said by ours alone.
 
     With `num_classes`, a generator for another number of classes is refused."""
-    state = read_state(path)
+    state, own = read_state(path), read_arguments(path)
+    pool = own.get("pool", pool)
     if "classifier.weight" in state:
         model = ResNet50(num_classes=len(state["classifier.weight"]))
     elif {"head.weight", "trunk.0.weight"} <= state.keys():
@@ -343,19 +348,29 @@ def deit_like(state, pool, drop_path):
                 grid=grid, reduction=maps // squeezed, pool=pool, drop_path=drop_path)
 
 
+def read_arguments(path):
+    """The arguments that one of our checkpoints was made with; {} of others."""
+    content = read(path)
+    return content["args"] if isinstance(content, dict) and isinstance(content.get("args"), dict) else {}
+
+
 def read_state(path):
     """A file -> its state dict, out of a {"model": ...} wrapper if there is one."""
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such checkpoint")
-    try:
-        with torch.serialization.safe_globals([Namespace]):                           # the public trainers keep their arguments beside the weights
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from None
+    state = read(path)
     state = state.get("model", state) if isinstance(state, dict) else {}
     if not state or not all(torch.is_tensor(value) for value in state.values()):
         raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model'")
     return state
+
+
+def read(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with torch.serialization.safe_globals([Namespace]):                           # the public trainers keep their arguments beside the weights
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from None
 
 
 def load_strictly(path, load, state):
