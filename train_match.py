@@ -73,8 +73,9 @@ def main():
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
             with torch.no_grad():
-                meter.add(numbers, loss=loss, mask=common.mean(masks.mean((1, 2))), sim_f=common.mean(losses.similarity(v_f, class_text[k])),
-                          sim_b=common.mean(losses.similarity(v_b, class_text[k])))
+                sim_f, sim_b = losses.similarity(v_f, class_text[k]), losses.similarity(v_b, class_text[k])
+                meter.add(numbers, loss=loss, foreground=common.mean(-sim_f.log()), background=common.mean(-(1 - sim_b).log()),
+                          mask=common.mean(masks.mean((1, 2))), sim_f=common.mean(sim_f), sim_b=common.mean(sim_b))
             done = epoch * len(batches) + step
             save = step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:

@@ -44,21 +44,21 @@ def encode_background(clip, S, images, b, k, args):
 
 
 def fresh(loader, clip, S, args, env):
-    """Per batch: v_b, the classes of its pairs, picture numbers; every crop is drawn and encoded here."""
+    """Per batch: v_b and the mean mask of its pairs, their classes, picture numbers; every crop is drawn and encoded here."""
     for images, labels, numbers in loader:
         b, k = labels.nonzero(as_tuple=True)
         with env.autocast():
-            v_b, _ = encode_background(clip, S, images.to(env.device, non_blocking=True), b, k, args)
-        yield v_b, k.to(env.device), numbers
+            v_b, area = encode_background(clip, S, images.to(env.device, non_blocking=True), b, k, args)
+        yield v_b, area, k.to(env.device), numbers
 
 
 class Stored:
-    """The features of --views crops of every picture, encoded once, each process its share: (views, pairs, D)."""
+    """The features of --views crops of every picture, encoded once, each process its share: (views, pairs, D + 1), last the mean mask."""
 
     def __init__(self, samples, clip, S, args, env):
         self.labels, views = samples.labels, min(args.views, args.epochs)
         self.first = torch.cat([torch.zeros(1), self.labels.sum(1).cumsum(0)]).long()                   # pairs of picture i: first[i] .. first[i + 1]
-        self.features = torch.zeros(views, int(self.first[-1]), clip.encode_text(["x"]).shape[1], device=env.device)
+        self.features = torch.zeros(views, int(self.first[-1]), clip.encode_text(["x"]).shape[1] + 1, device=env.device)
         keys = [(view, i) for view in range(views) for i in env.shard(range(len(samples)))]
         size = max(1, args.batch_size // env.world)
         chunks = [keys[n:n + size] for n in range(0, len(keys), size)]
@@ -66,8 +66,8 @@ class Stored:
         for chunk, (images, labels, _) in zip(chunks, env.progress(loader, f"prompts: {views} views", len(chunks))):
             b, k = labels.nonzero(as_tuple=True)
             with env.autocast():
-                v_b, _ = encode_background(clip, S, images.to(env.device), b, k, args)
-            self.features[self.rows(chunk)] = v_b
+                v_b, area = encode_background(clip, S, images.to(env.device), b, k, args)
+            self.features[self.rows(chunk)] = torch.cat([v_b, area[:, None]], dim=1)
         env.sum(self.features)                                                          # rows of other processes are zero here
 
     def rows(self, keys):
@@ -80,7 +80,8 @@ class Stored:
         for batch in batches:
             numbers = torch.tensor([i for _, i in batch], dtype=torch.long)
             k = self.labels[numbers].nonzero()[:, 1].to(env.device)
-            yield self.features[self.rows(batch)], k, numbers
+            stored = self.features[self.rows(batch)]
+            yield stored[:, :-1], stored[:, -1], k, numbers
 
 
 def main():
@@ -114,7 +115,7 @@ def main():
     for epoch in range(begin, args.epochs):
         batches.start(epoch, skip)
         features = stored(batches, env) if stored else fresh(loader, clip, S, args, env)
-        for step, (v_b, k, numbers) in enumerate(env.progress(features, f"prompts {epoch + 1}/{args.epochs}", len(batches), skip), skip + 1):
+        for step, (v_b, area, k, numbers) in enumerate(env.progress(features, f"prompts {epoch + 1}/{args.epochs}", len(batches), skip), skip + 1):
             with env.autocast():
                 u_b = prompts()[k]                                                      # (P, D)
             loss = common.mean(losses.prompt_loss(u_b, v_b, class_text[k], args.lambda_t, args.repel, args.lambda_i))    # Eq. 2
@@ -123,7 +124,9 @@ def main():
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
             with torch.no_grad():
-                meter.add(numbers, loss=loss, sim_image=common.mean(losses.similarity(u_b, v_b)), sim_text=common.mean(losses.similarity(u_b, class_text[k])))
+                sim_image, sim_text = losses.similarity(u_b, v_b), losses.similarity(u_b, class_text[k])
+                meter.add(numbers, loss=loss, image=common.mean(-sim_image.log()), text=common.mean(-(1 - sim_text).log()),
+                          mask=common.mean(area), sim_image=common.mean(sim_image), sim_text=common.mean(sim_text))
             done = epoch * len(batches) + step
             save = step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:

@@ -121,6 +121,13 @@ def test_total_loss_of_refine_is_match_plus_lambda_refine(world):
         assert row["loss"] == pytest.approx(row["match"] + 0.05 * row["refine"], rel=1e-4) and row["phase"] == "refine"
 
 
+def test_logged_parts_add_up_to_the_loss(world):
+    for row in rows(world / "out/match.jsonl"):
+        assert row["loss"] == pytest.approx(row["foreground"] + 2.4 * row["background"], rel=1e-4) and 0 < row["mask"] < 1
+    for row in rows(world / "out/prompts.jsonl"):
+        assert row["loss"] == pytest.approx(row["image"] + 0.02 * row["text"], rel=1e-4) and 0 < row["mask"] < 1
+
+
 def test_views_of_every_epoch_are_the_fresh_crops(world, tmp_path):
     out = copy_inputs(world, tmp_path / "out", "prompts")
     call("train_prompt.py", *flags("train_prompt.py", world, out, "--views", "2"))
