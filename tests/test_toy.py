@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.append(str(ROOT / "bench"))
 import make_toy  # noqa: E402
 import toy_world  # noqa: E402
-from wsss import common, data  # noqa: E402
+from wsss import common, data, generator, toy  # noqa: E402
 
 C = len(make_toy.CLASSES)
 
@@ -208,3 +208,33 @@ def test_training_lowers_the_loss_and_beats_chance(tmp_path):
         assert torch.allclose(back.encode_image(images), model.encode_image(images), atol=.02)
         assert torch.allclose(back.encode_text(clip.tokenize(texts)), model.encode_text(clip.tokenize(texts, context_length=16)), atol=.02)
     assert toy_world.measure(back, draw=34, count=48)["top-1 whole"] > .2
+
+
+# ------------------------------------------------------------------------------------------------ the generic trunk
+
+def features(trunk, seed, count):
+    """Pooled features (count, width) and labels of object_on_texture samples."""
+    rng = np.random.default_rng([seed, 77])
+    images, labels = zip(*(toy.object_on_texture(rng, 96) for _ in range(count)))
+    model = generator.build_generator("cnn_toy", 1)
+    model.load_imagenet(trunk)
+    with torch.no_grad():
+        x = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 255
+        return model.eval().trunk((x - model.mean) / model.std).mean((2, 3)), torch.tensor(labels)
+
+
+def test_shipped_trunk_knows_objects_and_textures_it_has_not_seen():
+    trunk = torch.load(ROOT / "weights" / "toy_backbone.pt", weights_only=True)["model"]
+    known, names = features(trunk, 1, 300)
+    probe, truth = features(trunk, 2, 100)
+    centres = torch.stack([known[names == k].mean(0) for k in range(21)])
+    right = torch.cdist(probe, centres).argmin(1) == truth
+    assert right.float().mean() > .6                                                    # chance is 1 in 21
+
+
+def test_train_backbone_makes_what_is_shipped():
+    """Names and shapes of a few steps; the shipped file is 500 of them."""
+    shipped = torch.load(ROOT / "weights" / "toy_backbone.pt", weights_only=True)["model"]
+    made = make_toy.train_backbone(0, steps=3, batch=8, pictures=24)
+    assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in shipped.items()}
+    assert made["trunk.1.num_batches_tracked"] == 3 and shipped["trunk.1.num_batches_tracked"] == 500
