@@ -95,13 +95,18 @@ def score_masks(args, folder, ids, env):
     return total
 
 
+def subject(args):
+    """The name of what is scored, in file names: the folder of the maps, or pseudo, masks."""
+    return args.cam if args.what == "cam" else args.what
+
+
 def protocol(args, ids, classes):
     """What a reader must know to compare the number: nothing about it is left to a file name."""
     facts = {"what": args.what, "split": args.split, "pictures": len(ids), "limit": args.limit, "data": args.data.name,
              "pred": args.pred and str(args.pred), "oracle": False, "mean_over": "classes in truth or prediction, background included"}
     if args.what == "cam":
         facts |= {"background": args.background, "value": args.threshold if args.background == "constant" else args.alpha}
-    made_by = args.out / f"{args.cam if args.what == 'cam' else args.what}.json"                                # cam.json, pseudo.json: source, scales, CRF
+    made_by = args.out / f"{subject(args)}.json"                            # cam.json, pseudo.json: source, scales, CRF
     if args.what != "masks":
         facts["made_by"] = common.read_json(made_by) if made_by.exists() else None
         trained = (facts["made_by"] or {}).get("classes", classes)
@@ -152,7 +157,7 @@ def main():
             found["protocol"]["oracle"] = "the threshold of oracle_best was chosen on the truth of this split"
             found["oracle_best"] = {"threshold": ORACLE[best].item(), "miou": scores[best]}
             found["oracle_sweep"] = {f"{t:.2f}": s for t, s in zip(ORACLE.tolist(), scores)}
-        common.save_json(args.out / f"eval_{args.cam if args.what == 'cam' else args.what}_{args.split}.json", found)
+        common.save_json(args.out / f"eval_{subject(args)}_{args.split}.json", found)
         show(found)
     env.close()
 

@@ -140,8 +140,6 @@ TILE = 160
 def tile(image, caption):
     """A picture in a TILE x TILE square with its name below."""
     canvas = Image.new("RGB", (TILE, TILE + 14), "white")
-    image = image.copy()
-    image.thumbnail((TILE - 4, TILE - 4)) if max(image.size) > TILE - 4 else None
     image = image.resize([round(n * (TILE - 4) / max(image.size)) for n in image.size], Image.BILINEAR)
     canvas.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
     ImageDraw.Draw(canvas).text((4, TILE), caption, fill="black")
@@ -164,9 +162,7 @@ def sheet(folder, ids, labels, args, path):
         classes, cam = data.load_cam(args.out / args.cam / f"{id}.npy", label)
         row = [tile(image, id)] + [tile(heat(image, m), folder.classes[k]) for k, m in zip(classes, cam)]
         if folder.has_mask(id):
-            truth = Image.fromarray(folder.truth(id), mode="L")
-            truth.putpalette(data.palette().ravel().tolist())
-            row.append(tile(truth.convert("RGB"), "truth"))
+            row.append(tile(data.paint(folder.truth(id)).convert("RGB"), "truth"))
         rows.append(row)
     width = max(map(len, rows))
     canvas = Image.new("RGB", (2 * width * TILE, -(-len(rows) // 2) * (TILE + 14)), "white")             # two pictures a line

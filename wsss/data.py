@@ -141,14 +141,16 @@ class Folder:
 
     def mask_path(self, id):
         """Native VOC masks (with 255 borders) before SBD's."""
-        for name in ("SegmentationClass", "SegmentationClassAug"):
-            path = self.root / name / f"{id}.png"
+        for path in self._mask_places(id):
             if path.exists():
                 return path
         raise FileNotFoundError(f"{self.root / 'SegmentationClass' / id}.png is missing: scoring needs true masks, training does not")
 
     def has_mask(self, id):
-        return any((self.root / name / f"{id}.png").exists() for name in ("SegmentationClass", "SegmentationClassAug"))
+        return any(path.exists() for path in self._mask_places(id))
+
+    def _mask_places(self, id):
+        return [self.root / name / f"{id}.png" for name in ("SegmentationClass", "SegmentationClassAug")]
 
     def truth(self, id):
         """(H, W) uint8 label map: 0 background, 1..C, 255 ignored."""
@@ -354,10 +356,15 @@ def save_mask(path, mask):
     mask = np.asarray(mask)
     if mask.ndim != 2 or mask.size and (mask.min() < 0 or mask.max() > 255):
         raise ValueError(f"{path}: a mask is (H, W) with values 0..255, not {mask.shape}")
-    image = Image.fromarray(mask.astype(np.uint8), mode="L")
-    image.putpalette(palette().ravel().tolist())                           # turns L into P, the indices stay
     with atomic(path) as beside:
-        image.save(beside, format="PNG")
+        paint(mask).save(beside, format="PNG")
+
+
+def paint(mask):
+    """Label map (H, W) -> PIL picture of mode P in VOC's colours."""
+    image = Image.fromarray(np.asarray(mask, dtype=np.uint8), mode="L")
+    image.putpalette(palette().ravel().tolist())                           # turns L into P, the indices stay
+    return image
 
 
 # ---------------------------------------------------------------- maps

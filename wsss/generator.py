@@ -301,7 +301,7 @@ def build_generator(name, num_classes, pool="max", reduction=8, start=None, drop
     if start == "imagenet":
         model.load_imagenet(download_imagenet(name))
     elif start is not None:
-        load_strictly(start, model.load_imagenet, read_state(start))
+        load_strictly(start, model.load_imagenet, state_of(read(start), start))
     return model
 
 
@@ -321,8 +321,9 @@ def load_generator(path, pool="max", num_classes=None, drop_path=0.1):
     """A checkpoint of ours, WeakTr's or SemPLeS's -> S. Sizes come from the weights; `pool` (max: VOC, avg: COCO) is said by ours alone.
 
     With `num_classes`, a generator for another number of classes is refused."""
-    state, own = read_state(path), read_arguments(path)
-    pool = own.get("pool", pool)
+    content = read(path)
+    state, own = state_of(content, path), content.get("args")
+    pool = own.get("pool", pool) if isinstance(own, dict) else pool                   # of others it is no dict
     if "classifier.weight" in state:
         model = ResNet50(num_classes=len(state["classifier.weight"]))
     elif {"head.weight", "trunk.0.weight"} <= state.keys():
@@ -348,16 +349,9 @@ def deit_like(state, pool, drop_path):
                 grid=grid, reduction=maps // squeezed, pool=pool, drop_path=drop_path)
 
 
-def read_arguments(path):
-    """The arguments that one of our checkpoints was made with; {} of others."""
-    content = read(path)
-    return content["args"] if isinstance(content, dict) and isinstance(content.get("args"), dict) else {}
-
-
-def read_state(path):
-    """A file -> its state dict, out of a {"model": ...} wrapper if there is one."""
-    state = read(path)
-    state = state.get("model", state) if isinstance(state, dict) else {}
+def state_of(content, path):
+    """The state dict of a checkpoint, out of a {"model": ...} wrapper if there is one."""
+    state = content.get("model", content) if isinstance(content, dict) else {}
     if not state or not all(torch.is_tensor(value) for value in state.values()):
         raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model'")
     return state
