@@ -1,42 +1,61 @@
-"""Localisation maps of the present classes, from a trained mask generator S, over scales and flips.
+"""Localisation maps of the present classes: from a trained mask generator S, or from CLIP's GradCAM by texts or by vision prototypes.
 
-Paper   SemPLeS 4.3: the refined masks M' are taken as CAMs
-Reads   pictures and image labels of --data, <out>/cls.pt, match.pt or refine.pt (--source) or --init
+Paper   SemPLeS 4.3: the refined masks M' are taken as CAMs (--source refine); VPL Eq. 1 and its maps by W (--source vision); CLIP-ES (--source text)
+Reads   pictures and image labels of --data; <out>/cls.pt, match.pt, refine.pt (--source) or --init; CLIP (text, vision); <out>/prototypes.pt (vision)
 Writes  <out>/cam/<id>.npy: float16 (P, h, w), one row per present class, ascending, each min-max scaled to [0, 1]
         <out>/sheets/cam_<n>.png: pictures, maps and, where there is one, the truth, to look at
         <out>/cam_<format>/: with --format, what IRN, PSA/WeakTr, CLIP-ES and FMA-WSSS read
         <out>/cam.json, last: arguments and counts
+
+Maps of S are added over scales and flips; those of CLIP are of the picture as it is, as in CLIP-ES, unless --scales and --flip say otherwise.
+Vision prototypes take the texts' places in the softmax, at the temperature they were learned with. Compare text and vision maps at the same
+temperature (--source text --tau-t 0.03): a softer softmax alone changes the maps.
 
 Finished files are skipped; maps of another source or recipe are refused, or replaced with --no-resume.
 
     python make_cam.py --data /data/VOC2012 --out runs/voc --source refine
     python make_cam.py --data /data/COCO --out runs/coco --split train --scales 1.0 0.8 1.2 --pool avg
     python make_cam.py --data /data/VOC2012 --out runs/weaktr --init weaktr.pth --format irn
+    python make_cam.py --data /data/VOC2012 --out runs/clip_es --source text
+    python make_cam.py --data /data/VOC2012 --out runs/vpl --source vision
 """
 import argparse
-from itertools import groupby
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch.utils.data import DataLoader, Dataset
 
-from wsss import common, data, generator
+from wsss import clip_model, common, data, generator, gradcam
+
+GRADCAM = ("text", "vision")                                                            # sources that are CLIP's own maps
 
 
 def parse():
     p = common.parser(__doc__, batch_size=16)
-    p.add_argument("--source", choices=["cls", "match", "refine"], default="refine", help="stage whose generator makes the maps")
+    p.add_argument("--source", choices=["cls", "match", "refine", "text", "vision"], default="refine",
+                   help="stage whose generator makes the maps; text: CLIP-ES; vision: VPL's prototypes")
     p.add_argument("--init", help="generator to take instead of <out>/<source>.pt: a published checkpoint or one of ours")
     p.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of S's attention fusion (max: VOC, avg: COCO)")
-    p.add_argument("--scales", type=float, nargs="+", default=[1.0, 1.2], help="sizes of the picture to add maps over")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="add the maps of the mirrored picture")
+    p.add_argument("--scales", type=float, nargs="+", help="sizes of the picture to add maps over (default: 1.0 1.2 for S, 1.0 for CLIP)")
+    p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="add the maps of the mirrored picture (default: for S)")
     p.add_argument("--stride", type=common.positive, default=1, help="store maps at 1/STRIDE of the picture's size: 4 takes 1/16 of the disk")
     p.add_argument("--format", choices=list(FORMATS), help="also write what another project reads")
     p.add_argument("--cam", default="cam", help="folder in --out for the maps, to keep those of several sources side by side")
     p.add_argument("--sheets", type=common.natural, default=32, help="pictures to show on contact sheets")
-    return p.parse_args()
+    g = common.localising(p)
+    g.add_argument("--tau-i", type=float, help="temperature for vision prototypes (default: the one they were learned with)")
+    args = p.parse_args()
+    by_clip = args.source in GRADCAM
+    args.scales = args.scales or ([1.0] if by_clip else [1.0, 1.2])
+    args.flip = not by_clip if args.flip is None else args.flip
+    if by_clip and args.init:
+        p.error("--init is a generator: it goes with --source cls, match or refine")
+    if args.cache and (not by_clip or args.scales != [1.0] or args.flip):
+        p.error("--cache goes with --source text or vision, one scale of 1 and no flip")
+    if min(args.scales) <= 0 or args.tau_t <= 0 or (args.tau_i or 1) <= 0:
+        p.error("--scales, --tau-t and --tau-i are above 0")
+    return args
 
 
 # ---------------------------------------------------------------- what other projects read
@@ -78,27 +97,44 @@ def export(args, id, classes, cam, size):
 
 # ---------------------------------------------------------------- maps
 
-class Pictures(Dataset):
-    def __init__(self, folder, ids):
-        self.folder, self.ids = folder, ids
-
-    def __len__(self):
-        return len(self.ids)
-
-    def __getitem__(self, i):
-        return self.folder.image(self.ids[i])
+def open_generator(args, folder, env):
+    """-> (maps(images, b, k, ids) -> (P, h, w) raw maps of the pairs, fingerprint of the weights)"""
+    path = args.init or args.out / f"{args.source}.pt"
+    if not args.init:
+        common.load(path, args.source, folder.classes)
+    S = generator.load_generator(path, args.pool, len(folder.classes)).to(env.device).eval()
+    return lambda images, b, k, ids: S.maps(images)[b, k], common.fingerprint(path)
 
 
-def batches_of_equal_size(folder, ids, batch_size):
-    """Numbers of the pictures in batches that stack: as many of one size as --batch-size allows."""
-    sizes = [data.picture_size(folder.picture(id)) for id in ids]
-    for _, group in groupby(sorted(range(len(ids)), key=lambda i: (sizes[i], i)), key=lambda i: sizes[i]):
-        group = list(group)
-        yield from (group[n:n + batch_size] for n in range(0, len(group), batch_size))
+def open_clip(args, folder, env):
+    """The same by CLIP's GradCAM; the columns of its softmax are texts or vision prototypes."""
+    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
+    if args.source == "text":
+        columns, tau = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template)), args.tau_t
+        weights = args.inputs["clip"] or args.clip
+    else:
+        path = args.out / "prototypes.pt"
+        content = common.load(path, "prototypes", folder.classes)
+        if content["backgrounds"] != folder.backgrounds:
+            raise ValueError(f"{path} was learned with other backgrounds ({common.describe(content['backgrounds'])}) than --data names: run vpl.py again")
+        if (content["args"]["inputs"]["clip"] or content["args"]["clip"]) != (args.inputs["clip"] or args.clip):
+            raise ValueError(f"{path} was learned with another --clip ({content['args']['clip']}): give the same, or run vpl.py with this one")
+        columns, tau, weights = content["model"]["prototypes"].to(env.device), args.tau_i or content["tau_i"], common.fingerprint(path)
+    box = args.box if args.affinity else None
+
+    def maps(images, b, k, ids):
+        look = lambda: gradcam.last_inputs(clip, images)
+        seen = gradcam.stored_inputs(args.out / "cache", ids, look) if args.cache else look()
+        x, attention, grid = (part.to(env.device) if torch.is_tensor(part) else part for part in seen)
+        return gradcam.class_maps(clip, x, attention, grid, columns, len(folder.classes), b, k, 1 / tau, box)
+
+    if args.cache:
+        common.open_folder(args.out / "cache", argparse.Namespace(resume=args.resume, clip=args.clip, amp=args.amp, inputs=args.inputs), env, ("clip",))
+    return maps, weights
 
 
 @torch.no_grad()
-def maps_of(S, images, b, k, args):
+def maps_of(maps, images, b, k, ids, args):
     """Maps of the pairs (b, k) summed over scales and flips, then min-max per map: (P, H, W) in [0, 1]."""
     size = images.shape[-2:]
     total = images.new_zeros(len(b), *size)
@@ -107,25 +143,23 @@ def maps_of(S, images, b, k, args):
         if scale != 1:
             scaled = F.interpolate(images, [max(1, round(n * scale)) for n in size], mode="bilinear", align_corners=False)
         for flip in [False, True][:1 + args.flip]:
-            maps = S.maps(scaled.flip(-1) if flip else scaled)[b, k][:, None].float()                   # (P, 1, h, w)
-            maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)[:, 0]
-            total += maps.flip(-1) if flip else maps
+            part = maps(scaled.flip(-1) if flip else scaled, b, k, ids)[:, None].float()                # (P, 1, h, w)
+            part = F.interpolate(part, size, mode="bilinear", align_corners=False)[:, 0]
+            total += part.flip(-1) if flip else part
     low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
     return (total - low) / (high - low + 1e-8)
 
 
-def make(S, folder, ids, labels, args, env):
+def make(maps, folder, ids, labels, args, env):
     """Writes the maps of this process's pictures that are not there yet."""
     mine = [n for n in env.shard(range(len(ids))) if not (args.resume and finished(args, ids[n]))]
-    batches = list(batches_of_equal_size(folder, [ids[n] for n in mine], args.batch_size))
-    loader = DataLoader(Pictures(folder, [ids[n] for n in mine]), batch_sampler=batches, num_workers=args.workers,
-                        pin_memory=env.device.type == "cuda")
-    for batch, images in zip(batches, env.progress(loader, f"maps of {args.source}", len(batches))):
+    loader = data.by_size(folder, [ids[n] for n in mine], args.batch_size, env, args.workers)
+    for batch, images in env.progress(loader, f"maps of {args.source}"):
         numbers = [mine[i] for i in batch]
         b, k = labels[numbers].nonzero(as_tuple=True)
         with env.autocast():
-            maps = maps_of(S, images.to(env.device, non_blocking=True), b, k, args)
-        stored = data.shrink_maps(maps, args.stride).cpu()
+            stored = maps_of(maps, images.to(env.device, non_blocking=True), b.to(env.device), k.to(env.device), [ids[n] for n in numbers], args)
+        stored = data.shrink_maps(stored, args.stride).cpu()
         for i, n in enumerate(numbers):
             if args.format:                                                             # first: the map below marks the picture as finished
                 export(args, ids[n], k[b == i].numpy(), stored[b == i], images.shape[-2:])
@@ -176,42 +210,19 @@ def sheet(folder, ids, labels, args, path):
 FREE = ("split", "limit", "batch_size", "seed", "sheets", "format")          # these do not change a picture's maps
 
 
-def open_folder(args, weights, classes, env):
-    """Maps that lie there must be of the same weights and recipe: their note is written before the first of them."""
-    note = args.out / args.cam / "recipe.json"
-    if args.resume and note.exists():
-        before = common.read_json(note)
-        common.same_recipe(note.parent, before["args"], args, FREE)
-        if before["classes"] != classes:
-            raise ValueError(f"{note.parent} holds maps of other classes ({common.describe(before['classes'])}): --no-resume replaces them")
-        if before["weights"] != weights:
-            raise ValueError(f"{note.parent} holds maps of other weights ({before['weights']}, now {weights}): --no-resume replaces them")
-    env.barrier()
-    if env.main:
-        for name in [args.cam, "sheets"] + ([f"{args.cam}_{args.format}"] if args.format else []):
-            (args.out / name).mkdir(exist_ok=True)
-        if not args.resume:
-            for path in note.parent.glob("*.npy"):
-                path.unlink()
-        (args.out / f"{args.cam}.json").unlink(missing_ok=True)                         # it stands for a finished folder
-        common.save_json(note, {"args": common.plain(args), "weights": weights, "classes": classes})
-    env.barrier()
-
-
 def main():
     args = parse()
     env = common.Env(args)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels = folder.labels(ids)
-    path = args.init or args.out / f"{args.source}.pt"
-    if not args.init:
-        common.load(path, args.source, folder.classes)
-    S = generator.load_generator(path, args.pool, len(folder.classes)).to(env.device).eval()
-    weights = common.fingerprint(path)
+    args.inputs = common.inputs(clip=args.clip) if args.source in GRADCAM else {}
+    maps, weights = (open_clip if args.source in GRADCAM else open_generator)(args, folder, env)
 
-    open_folder(args, weights, folder.classes, env)
-    make(S, folder, ids, labels, args, env)
+    common.open_folder(args.out / args.cam, args, env, FREE, weights=weights, classes=folder.classes)
+    for name in ["sheets"] + ([f"{args.cam}_{args.format}"] if args.format else []):
+        (args.out / name).mkdir(exist_ok=True)
+    make(maps, folder, ids, labels, args, env)
     env.barrier()
     if env.main:
         for n in range(0, min(args.sheets, len(ids)), 16):

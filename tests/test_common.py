@@ -302,3 +302,28 @@ def test_the_way_out_is_one_line(main, code, line, monkeypatch, capsys):
 def test_a_bug_keeps_its_traceback():
     with pytest.raises(json.JSONDecodeError):
         common.run(lambda: json.loads("{"))
+
+
+# ---------------------------------------------------------------- a pool of processes
+
+def square(x):
+    return x * x
+
+
+def leave(x):
+    os._exit(3) if x == 2 else None
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_pool_draws_tasks_when_there_is_room(workers):
+    drawn, given = [], []
+    tasks = ((drawn.append(x) or x,) for x in range(12))
+    for result in common.pooled(square, tasks, workers, "there"):
+        given.append(result)
+        assert len(drawn) - len(given) <= 2 * workers
+    assert sorted(given) == [x * x for x in range(12)]
+
+
+def test_a_dead_process_of_the_pool_is_one_line():
+    with pytest.raises(ValueError, match="^there: a worker process died.*fewer --workers"):
+        list(common.pooled(leave, ((x,) for x in range(5)), 2, "there"))

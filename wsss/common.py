@@ -10,15 +10,19 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
+import multiprocessing
 import os
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
 import time
 import traceback
+from concurrent import futures
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 MADE_BY = {  # finished weights -> the script to run when they are missing
     "cls.pt": "train_cls.py", "match.pt": "train_match.py", "prompts.pt": "train_prompt.py", "refine.pt": "train_refine.py",
+    "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
 }
 # Flags that say where and how fast, not what: two runs that differ only in these give the same numbers.
 NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every", "log_every")
@@ -37,15 +42,15 @@ NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every", "l
 
 # ---------------------------------------------------------------- flags
 
-def parser(doc, split="train_aug", batch_size=1):
-    """The flags that all scripts share; the docstring of the script is its manual page."""
+def parser(doc, split="train_aug", batch_size=1, data=True):
+    """The flags that all scripts share; the docstring of the script is its manual page. data=False: --data may be left out."""
     class Manual(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
             return action.help if action.default in (None, False) else super()._get_help_string(action)
 
     p = argparse.ArgumentParser(description=doc, formatter_class=Manual)
     g = p.add_argument_group("shared by all scripts")
-    g.add_argument("--data", type=Path, required=True, help="data folder in VOC layout (prepare_data.py check DIR says what is wrong with one)")
+    g.add_argument("--data", type=Path, required=data, help="data folder in VOC layout (prepare_data.py check DIR says what is wrong with one)")
     g.add_argument("--out", type=Path, required=True, help="folder that all stages of a run share")
     g.add_argument("--split", default=split, help="list in ImageSets/Segmentation to work on")
     g.add_argument("--batch-size", type=positive, default=batch_size, help="pictures a step, over all processes together")
@@ -69,6 +74,19 @@ def matching(p, mask_eps=0.1):
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
                    help="what a removed pixel becomes: mean colour, black, or the mean colour under ImageNet's statistics (authors' code)")
     g.add_argument("--micro-batch", type=natural, default=0, help="regions CLIP encodes at a time, to save memory; 0: all of a step")
+    return g
+
+
+def localising(p):
+    """The flags of the stages that ask CLIP's GradCAM where a class is (CLIP-ES)."""
+    g = p.add_argument_group("CLIP's GradCAM")
+    g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a vision transformer")
+    g.add_argument("--prompt", choices=["single", "ensemble"], default="ensemble", help="texts of classes and backgrounds (VPL Table 4)")
+    g.add_argument("--template", help="another template than --prompt's")
+    g.add_argument("--tau-t", type=float, default=0.01, help="temperature of CLIP's own softmax over texts: 1 / its logit scale")
+    g.add_argument("--affinity", action=argparse.BooleanOptionalAction, default=True, help="refine the maps by attention (CLIP-ES's CAA)")
+    g.add_argument("--box", type=float, default=0.4, help="refined inside the boxes of a map's parts above this share of its maximum (0.7: COCO)")
+    g.add_argument("--cache", action="store_true", help="keep what enters CLIP's last block in <out>/cache, half precision: a later pass starts from there")
     return g
 
 
@@ -210,6 +228,38 @@ def seed_all(seed):
     torch.manual_seed(seed)                                   # every GPU too
 
 
+# ---------------------------------------------------------------- a pool of processes
+
+def pooled(function, tasks, workers, where):
+    """function(*task) in `workers` processes of one thread each, 0: here. Yields every result as it is finished, in any order.
+
+    Tasks are drawn when there is room for them, so memory does not grow with their number. `where` names the folder that is being filled."""
+    if not workers:
+        yield from (function(*task) for task in tasks)
+        return
+    tasks, waiting = iter(tasks), set()
+    context = multiprocessing.get_context("forkserver")       # processes of a clean server that has imported the function once, without our threads
+    context.set_forkserver_preload(["__main__", function.__module__])
+    pool = futures.ProcessPoolExecutor(workers, context, initializer=single_thread)
+    try:
+        while True:
+            waiting |= {pool.submit(function, *task) for task in itertools.islice(tasks, 2 * workers - len(waiting))}
+            if not waiting:
+                return
+            done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
+            yield from (task.result() for task in done)
+    except futures.process.BrokenProcessPool:
+        raise ValueError(f"{where}: a worker process died, most likely out of memory: run the same command again with fewer --workers; "
+                         "finished files are kept") from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def single_thread():
+    torch.set_num_threads(1)                                  # a process a core: more threads in each only get in each other's way
+    signal.signal(signal.SIGINT, signal.SIG_IGN)              # Ctrl-C is the parent's to handle
+
+
 # ---------------------------------------------------------------- whole files
 
 @contextlib.contextmanager
@@ -258,8 +308,14 @@ def read_json(path):
 
 
 def inputs(**paths):
-    """Fingerprints of what a stage reads, kept with its arguments: other weights are another recipe. A name to download has none."""
-    return {name: fingerprint(path) if Path(path).is_file() else None for name, path in paths.items()}
+    """Fingerprints of what a stage reads, kept with its arguments: other weights, or a folder of another recipe, are another recipe.
+
+    A name to download has none, nor has a folder that is not ours."""
+    found = {}
+    for name, path in paths.items():
+        note = Path(path) / "recipe.json"
+        found[name] = fingerprint(path) if Path(path).is_file() else read_json(note)["fingerprint"] if note.exists() else None
+    return found
 
 
 def load(path, stage=None, classes=None, map_location="cpu"):
@@ -314,6 +370,34 @@ def same_recipe(path, before, args, free=()):
     other = [f"--{k.replace('_', '-')} {before.get(k)} (now {now.get(k)})" for k in {**before, **now} if k not in free and before.get(k) != now.get(k)]
     if other:
         raise ValueError(f"{path} was made with {', '.join(other)}: take another --out, or --no-resume to replace it")
+
+
+def open_folder(folder, args, env, free, **facts):
+    """Claims a folder of many files for one recipe: what lies there must be of the same arguments, those in `free` left aside, and `facts`.
+
+    The note that says so, recipe.json, is written before the first file. <folder>.json, which stands for a finished folder, goes."""
+    note = folder / "recipe.json"
+    if args.resume and note.exists():
+        before = read_json(note)
+        same_recipe(folder, before["args"], args, free)
+        for name, now in facts.items():
+            if before[name] != now:
+                raise ValueError(f"{folder} was made with other {name} ({short(before[name])}, now {short(now)}): take another --out, or --no-resume to replace it")
+    env.barrier()
+    if env.main:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not args.resume:
+            for path in [path for ending in ("npy", "png", "pt") for path in folder.glob(f"*.{ending}")]:
+                path.unlink()
+        folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
+        decides = {k: v for k, v in recipe(args).items() if k not in free}
+        digest = hashlib.sha256(json.dumps([decides, facts], sort_keys=True).encode()).hexdigest()[:16]
+        save_json(note, {"args": plain(args), **facts, "fingerprint": digest})
+    env.barrier()
+
+
+def short(fact):
+    return describe(fact) if isinstance(fact, list) else json.dumps(fact)[:200]
 
 
 # ---------------------------------------------------------------- resume
@@ -453,7 +537,7 @@ def ours(error):
     """Refused by a line of this repo or by the operating system, here or in a loader's worker; else it is a bug."""
     if isinstance(error, OSError):
         return True
-    frames = re.findall(r'File "([^"]+)", line', str(error))  # a worker's traceback travels as text
+    frames = re.findall(r'File "([^"]+)", line', f"{error} {error.__cause__}")        # a worker's traceback travels as text
     if not frames:
         frames = [frame.filename for frame in traceback.extract_tb(error.__traceback__)]
     return Path(frames[-1]).resolve().parent in (ROOT, ROOT / "wsss")

@@ -13,6 +13,7 @@ import errno
 import os
 import pickle
 import xml.etree.ElementTree as ElementTree
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -255,6 +256,16 @@ def class_texts(classes, template="a photo of {}.", synonyms=False):
     return [template.format(SYNONYMS.get(name, name) if synonyms else name) for name in classes]
 
 
+# Differs from the paper: VPL compares a single prompt with an ensemble and names one text of it. CLIP-ES's is that one; the ensemble is its synonyms.
+PROMPTS = {"single": ("a photo of a {}.", False), "ensemble": ("a clean origami {}.", True)}       # template, synonyms in the name
+
+
+def prompt_texts(folder, prompt="ensemble", template=None):
+    """Texts of a folder's classes, then of its backgrounds, for CLIP's GradCAM; `template` in place of the prompt's."""
+    usual, synonyms = PROMPTS[prompt]
+    return class_texts(folder.classes, template or usual, synonyms) + class_texts(folder.backgrounds, template or usual)
+
+
 # ---------------------------------------------------------------- pictures
 
 def load_image(path):
@@ -383,8 +394,10 @@ def save_cam(path, cam):
         np.save(file, np.asarray(cam, dtype=np.float16), allow_pickle=False)
 
 
-def load_cam(path, labels):
-    """-> (indices of the classes present (P,), maps (P, h, w) float32). `labels` multi-hot (C,) says which rows these are."""
+def load_cam(path, labels, size=None):
+    """-> (indices of the classes present (P,), maps (P, h, w) float32). `labels` multi-hot (C,) says which rows these are.
+
+    With `size` (H, W) of the picture, maps of other proportions are refused; they may be coarser."""
     path, classes = Path(path), present(labels)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run make_cam.py first (README.md has the order)")
@@ -399,6 +412,8 @@ def load_cam(path, labels):
         raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
     if not np.isfinite(cam).all():
         raise ValueError(f"{path} holds NaN or infinity: remove it and run make_cam.py again")
+    if size is not None and abs(cam.shape[1] * size[1] - cam.shape[2] * size[0]) >= sum(size):        # each side rounded by less than a cell
+        raise ValueError(f"{path}: maps of {cam.shape[2]}x{cam.shape[1]} do not fit their picture of {size[1]}x{size[0]}: run make_cam.py again")
     return classes, cam.astype(np.float32)
 
 
@@ -424,6 +439,38 @@ def add_background(cam, rule="constant", value=0.43):
     else:
         background = (1 - cam.amax(dim=0, keepdim=True)).clamp(min=0) ** value
     return torch.cat([background, cam])
+
+
+# ---------------------------------------------------------------- whole pictures
+
+class Pictures(Dataset):
+    """Whole pictures by number; a batch is (numbers, images)."""
+
+    def __init__(self, folder, ids):
+        self.folder, self.ids = folder, ids
+
+    def __len__(self):
+        return len(self.ids)
+
+    def __getitem__(self, i):
+        return i, self.folder.image(self.ids[i])
+
+    def collate(self, batch):
+        return [i for i, _ in batch], torch.stack([image for _, image in batch])
+
+    def equal_sizes(self, batch_size):
+        """Numbers of the pictures in batches that stack: as many of one size as `batch_size` allows."""
+        sizes = [picture_size(self.folder.picture(id)) for id in self.ids]
+        for _, group in groupby(sorted(range(len(sizes)), key=lambda i: (sizes[i], i)), key=lambda i: sizes[i]):
+            group = list(group)
+            yield from (group[n:n + batch_size] for n in range(0, len(group), batch_size))
+
+
+def by_size(folder, ids, batch_size, env, workers=0):
+    """DataLoader over all pictures, each once, in batches of one size: (numbers (b,) list, images (b, 3, H, W) in [0, 1])."""
+    pictures = Pictures(folder, ids)
+    return DataLoader(pictures, batch_sampler=list(pictures.equal_sizes(batch_size)), num_workers=workers, collate_fn=pictures.collate,
+                      pin_memory=env.device.type == "cuda")
 
 
 # ---------------------------------------------------------------- training samples

@@ -1,14 +1,17 @@
 """GradCAM on the frozen CLIP's vision transformer, as in CLIP-ES, which VPL builds on: where in a picture a text or a vision prototype is seen.
 
-    x, attention, grid = last_inputs(clip, images)                                    # images of one size: one forward pass
-    maps = gradcam(clip, x, grid, columns, competes, b, k, scale=100)                 # (P, h, w): every class of every picture, no autograd
-    maps = refine(maps, affinity(attention), b, threshold=0.4)                        # spread along attention: CLIP-ES's CAA
+    seen = last_inputs(clip, images)                                                  # images of one size: one forward pass
+    maps = class_maps(clip, *seen, columns, num_classes, b, k, scale=100, box=0.4)    # (P, h, w): every class of every picture, no autograd
+
+which is gradcam(), and with `box` refine(), CLIP-ES's class-aware attention affinity (CAA).
 
 `clip` holds OpenAI's model as clip.model and its pixel statistics as clip.mean and clip.std. P counts pairs (picture, class): pair p is class
 column k[p] in picture b[p]. A picture is N = h w patch tokens after one class token. Whatever autocast says, only the forward pass of
 `last_inputs` is in half precision; all else is float32, or float64 for a float64 CLIP.
 """
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -47,6 +50,21 @@ def last_inputs(clip, images, layers=8, size=None):
             x = x + block.attn.out_proj(merge(A @ v))
             x = x + block.mlp(layer_norm(block.ln_2, x))
     return x, sum(attention) / len(attention), (h, w)
+
+
+def stored_inputs(folder, ids, make):
+    """What make() -> x, attention, grid gives for the pictures `ids`, by way of half precision in folder/<id>.pt; read from there if all are there."""
+    paths = [Path(folder) / f"{id}.pt" for id in ids]
+    if not all(path.exists() for path in paths):
+        x, attention, grid = make()
+        for path, *tensors in zip(paths, x.half().cpu(), attention.half().cpu()):
+            beside = path.with_suffix(".part")
+            torch.save([*(tensor.clone() for tensor in tensors), list(grid)], beside)
+            os.replace(beside, path)                                                  # a file that exists is whole
+        return x.half().float(), attention.half().float(), grid
+    stored = [torch.load(path, weights_only=True) for path in paths]
+    x, attention = (torch.stack([row[i] for row in stored]).float() for i in (0, 1))
+    return x, attention, tuple(stored[0][2])
 
 
 def positions(visual, h, w):
@@ -158,6 +176,17 @@ def gradcam(clip, x, grid, columns, competes, b, k, scale):
         weights = gradcam_weights(clip, last, columns.to(last.u), competes, b, k, scale)
         cam = (last.u[b, 1:] @ weights.unsqueeze(-1)).relu()                          # (P, N, 1)
     return min_max(cam.view(len(b), *grid))
+
+
+def class_maps(clip, x, attention, grid, columns, num_classes, b, k, scale, box=None):
+    """CLIP-ES's maps of the pairs (b, k), every present class against the other present ones and all backgrounds -> (P, h, w) in [0, 1]
+
+    columns (M, D): the classes', then the backgrounds'. `box`: refined by CAA inside the boxes above this share of a map's maximum."""
+    competes = torch.zeros(len(x), len(columns), dtype=torch.bool, device=x.device)
+    competes[:, num_classes:] = True
+    competes[b, k] = True
+    maps = gradcam(clip, x, grid, columns, competes, b, k, scale)
+    return maps if box is None else refine(maps, affinity(attention), b, box)
 
 
 def min_max(maps):
