@@ -102,3 +102,170 @@ def test_gradients_equal_finite_differences_and_float64_stays():
     assert check(lambda *x: losses.suppression_loss(*x, 0.5), (a, b))
     assert check(lambda x: losses.cls_loss(x, labels), (logits,))
     assert check(lambda x: losses.split_regions(image, losses.mask_from_map(x, 0.1)), (cam,))
+
+
+# ---------------------------------------------------------------- VPL, vision prototypes
+
+def unit(*shape, seed=0, dtype=torch.float64):
+    return torch.nn.functional.normalize(features(*shape, seed=seed, positive=False), dim=-1).to(dtype)
+
+
+def naive_softmax(x, prototypes, tau, allowed=None):
+    rows = []
+    for i in range(len(x)):
+        e = [math.exp(sum(a * b for a, b in zip(x[i].tolist(), z.tolist())) / tau) if allowed is None or allowed[i, n] else 0.0
+             for n, z in enumerate(prototypes)]
+        rows.append([v / sum(e) for v in e])
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def test_assignment_and_prototype_loss_equal_a_scalar_loop():
+    x, z, w, allowed = unit(6, 5), unit(4, 5, seed=1), unit(4, 5, seed=2), features(6, 4, seed=3) > 0.5
+    allowed[:, 0] = True
+    p_text, p = naive_softmax(x, z, 0.1), naive_softmax(x, w, 0.3)
+    torch.testing.assert_close(losses.assignment(x, z, 0.1), p_text)
+    restricted = losses.assignment(x, z, 0.1, allowed)
+    torch.testing.assert_close(restricted, naive_softmax(x, z, 0.1, allowed))
+    assert (restricted[~allowed] == 0).all() and not allowed.all()
+    want = -sum(p_text[i, n].item() * math.log(p[i, n].item()) for i in range(6) for n in range(4)) / 6
+    assert losses.prototype_loss(x, w, p_text, 0.3).item() == pytest.approx(want, rel=1e-9)
+    hard = torch.eye(4, dtype=torch.float64)[[0, 3, 1, 1, 2, 0]]                  # with 0-1 rows it is Eq. 3, the cross-entropy
+    torch.testing.assert_close(losses.prototype_loss(x, w, hard, 0.3), torch.nn.functional.cross_entropy(x @ w.T / 0.3, hard.argmax(1)))
+
+
+def test_prototype_loss_is_finite_where_probabilities_are_not():
+    """tau 0.001: P' and P underflow to 0 in float32, and 0 log 0 is 0."""
+    x, w = unit(50, 8, dtype=torch.float32), unit(4, 8, seed=1, dtype=torch.float32)
+    p_text = losses.assignment(x, w.flip(0), 1e-3)
+    assert (p_text == 0).any() and losses.prototype_loss(x, w, p_text, 1e-3).isfinite()
+    learned = losses.learn_prototypes(x.half(), w, p_text, 1e-3, steps=5)
+    assert learned.isfinite().all() and learned.dtype == torch.float32
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 1000])
+def test_prototype_gradient_is_autograd_of_the_mean_in_chunks_of_any_size(chunk):
+    x, w, p_text = unit(40, 6), unit(5, 6, seed=1).requires_grad_(), features(40, 5, seed=2).softmax(1)
+    loss = losses.prototype_loss(x, w, p_text, 0.03)
+    want, = torch.autograd.grad(loss, w)
+    gradient, total = losses.prototype_gradient(x, w, p_text, 0.03, chunk)
+    torch.testing.assert_close(gradient / 40, want, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(total / 40, loss.detach(), rtol=1e-11, atol=0.0)
+    nothing = losses.prototype_gradient(x[:0], w, p_text[:0], 0.03, chunk)               # a process without a pixel
+    assert nothing[0].shape == (5, 6) and not any(part.any() for part in nothing)
+
+
+def descent(x, w, p_text, tau, lr, steps):
+    """Projected gradient descent by autograd, row by row, with the halving rule in plain words. -> W, the rates"""
+    before, rates = None, []
+    for _ in range(steps):
+        w = w.detach().requires_grad_()
+        losses.prototype_loss(x, w, p_text, tau).backward()
+        norm = math.sqrt(sum(g * g for g in w.grad.flatten().tolist()))
+        if before is not None and norm > before:
+            lr = lr / 2
+        before = norm
+        rates.append(lr)
+        w = torch.stack([(row - lr * g) / (row - lr * g).norm() for row, g in zip(w.detach(), w.grad)])
+    return w, rates
+
+
+def test_learn_prototypes_is_projected_gradient_descent_with_the_halving_rule():
+    x, z = unit(60, 8), unit(5, 8, seed=1)
+    p_text = losses.assignment(x, z, 0.05, torch.rand(60, 5, generator=torch.Generator().manual_seed(0)) > 0.3)
+    p_text = p_text.nan_to_num(0.2)                                               # a row without any column
+    for steps in (1, 2, 12):
+        want, rates = descent(x, z, p_text, 0.1, 10.0, steps)
+        learned = losses.learn_prototypes(x, z, p_text, 0.1, lr=10.0, steps=steps)
+        torch.testing.assert_close(learned, want, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(learned.norm(dim=1), torch.ones(5, dtype=torch.float64))
+    assert rates[0] == 10 and 3 <= len(set(rates)) < 12                           # it halved, and not at every step
+    before, after = (losses.prototype_loss(x, w, p_text, 0.1) for w in (z, losses.learn_prototypes(x, z, p_text, 0.1, steps=300)))
+    assert after < before
+
+
+def test_rate_halves_only_where_the_norm_grows():
+    w, gradient, lr, norm, rates = unit(3, 4), unit(3, 4, seed=1), 8.0, math.inf, []
+    for size in (1, 2, 2, 1, 1.5, 1.2):
+        w, lr, norm = losses.prototype_step(w, size * gradient, lr, norm)
+        rates.append(lr.item())
+        torch.testing.assert_close(w.norm(dim=1), torch.ones(3, dtype=torch.float64))
+    assert rates == [8, 4, 4, 4, 2, 2]
+
+
+def test_learned_prototypes_do_not_depend_on_the_chunks():
+    x, z = unit(90, 8), unit(6, 8, seed=1)
+    p_text = losses.assignment(x, z, 0.02)
+    whole = losses.learn_prototypes(x, z, p_text, steps=200)
+    for chunk in (1, 13, 89):
+        torch.testing.assert_close(losses.learn_prototypes(x, z, p_text, steps=200, chunk=chunk), whole, rtol=0, atol=1e-9)
+
+
+def test_texts_are_the_fixed_point_of_their_own_assignment():
+    """P' of all columns at tau_I = tau_T: W = Z is where the loss is least, so W stays; with columns left out it moves."""
+    x, z = unit(50, 8), unit(6, 8, seed=1)
+    learned = losses.learn_prototypes(x, z, losses.assignment(x, z, 0.03), tau_i=0.03, steps=50)
+    torch.testing.assert_close(learned, z, rtol=0, atol=1e-10)
+    allowed = torch.ones(50, 6, dtype=torch.bool)
+    allowed[:25, 0] = False
+    assert (losses.learn_prototypes(x, z, losses.assignment(x, z, 0.03, allowed), tau_i=0.03, steps=50) - z).abs().max() > 0.01
+
+
+# ---------------------------------------------------------------- VPL, regional semantic contrast
+
+def test_region_embeddings_equal_a_scalar_loop():
+    v, a = features(2, 3, 4, 5, positive=False), features(2, 6, 4, 5, seed=1)
+    a[1, 2] = 0                                                                   # a region without any weight
+    pooled = losses.region_embeddings(v, a)
+    for i in range(2):
+        for n in range(6):
+            weight = sum(a[i, n].flatten().tolist())
+            for d in range(3):
+                total = sum(a[i, n, y, x].item() * v[i, d, y, x].item() for y in range(4) for x in range(5))
+                assert pooled[i, n, d].item() == pytest.approx(total / weight if weight else 0, rel=1e-9)
+    v, a = v.requires_grad_(), a.requires_grad_()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(losses.region_embeddings(v, a).sum(), (v, a)))
+
+
+def plain_cosine(a, b):
+    return (a @ b / a.norm() / b.norm()).item()
+
+
+def test_region_contrast_is_the_papers_form_when_every_image_has_a_class_of_its_own():
+    regions, w, tau, own = features(3, 5, 4, positive=False), unit(5, 4, seed=1), 0.07, [4, 0, 2]
+    labels = torch.zeros(3, 5)
+    labels[range(3), own] = 1
+    S = [[plain_cosine(regions[i, own[j]], w[own[j]]) for j in range(3)] for i in range(3)]             # S_{i,j}: classes numbered as their images
+    want = 0
+    for i in range(3):
+        want -= math.log(math.exp(S[i][i] / tau) / sum(math.exp(S[i][j] / tau) for j in range(3))) / 6
+        want -= math.log(math.exp(S[i][i] / tau) / sum(math.exp(S[j][i] / tau) for j in range(3))) / 6
+    assert losses.region_contrast(regions, w, labels, tau).item() == pytest.approx(want, rel=1e-9)
+
+
+def test_region_contrast_with_several_classes_equals_a_loop_over_pairs():
+    regions, w, tau = features(3, 5, 4, positive=False), unit(5, 4, seed=1), 0.07
+    labels = torch.tensor([[1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 0, 0, 0]])    # classes 3 and 4 are in no image: no negatives either
+    score = lambda i, n: math.exp(plain_cosine(regions[i, n], w[n]) / tau)
+    want = []
+    for i, k in labels.nonzero().tolist():
+        others = [n for n in range(3) if not labels[i, n]]
+        images = [j for j in range(3) if not labels[j, k]]
+        want.append(-math.log(score(i, k) / (score(i, k) + sum(score(i, n) for n in others))) / 2
+                    - math.log(score(i, k) / (score(i, k) + sum(score(j, k) for j in images))) / 2)
+    assert losses.region_contrast(regions, w, labels, tau).item() == pytest.approx(sum(want) / 4, rel=1e-9)
+
+
+@pytest.mark.parametrize("labels", [[[1, 1], [1, 1]], [[0, 0], [0, 0]], [[1, 0], [1, 0]]])
+def test_region_contrast_without_negatives_or_positives_is_a_zero_with_a_gradient(labels):
+    regions, w = features(2, 2, 4, positive=False).requires_grad_(), unit(2, 4, seed=1)
+    loss = losses.region_contrast(regions, w, torch.tensor(labels), 0.07)
+    loss.backward()
+    assert loss.item() == 0 and regions.grad.isfinite().all()
+
+
+def test_gradients_of_regional_contrast_equal_finite_differences():
+    v, a, w = features(2, 3, 2, 2).requires_grad_(), features(2, 4, 2, 2, seed=1).requires_grad_(), unit(4, 3, seed=2).requires_grad_()
+    labels = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 0]])
+    assert torch.autograd.gradcheck(lambda v, a, w: losses.region_contrast(losses.region_embeddings(v, a), w, labels, 0.5), (v, a, w))
+    p_text = features(5, 4).softmax(1)
+    assert torch.autograd.gradcheck(lambda x, w: losses.prototype_loss(x, w, p_text, 0.5), (unit(5, 3).requires_grad_(), w))

@@ -89,3 +89,88 @@ def area_loss(maps):
     """CLIMS, REG: the mean of an image's maps, of present and absent classes alike.   (B, C, h, w) -> (B,)"""
     maps, = at_least_float32(maps)
     return maps.mean(dim=(1, 2, 3))
+
+
+# ---------------------------------------------------------------------------------------- VPL, vision prototypes
+
+def assignment(x, prototypes, tau, allowed=None):
+    """VPL Eq. 5, P'_n = exp(x . z_n / tau_T) / sum_j exp(x . z_j / tau_T); with W and tau_I it is P.   (n, D), (C, D) -> (n, C)
+
+    `allowed` (n, C) bool leaves columns out of a pixel's softmax: they get 0."""
+    x, prototypes = at_least_float32(x, prototypes)
+    logits = x @ prototypes.T / tau
+    if allowed is not None:
+        logits = logits.masked_fill(~allowed, -torch.inf)
+    return logits.softmax(1)
+
+
+def prototype_loss(x, w, p_text, tau_i):
+    """VPL Eq. 7 as the paper computes it, -sum_n P'_n log P_n, the mean over pixels.   (n, D), (C, D), (n, C) -> scalar
+
+    KL(P' || P) differs by the entropy of P', which no W changes. With 0-1 rows for P' it is Eq. 3."""
+    # Differs from the paper: a mean where it writes a sum, or the rate 10 would mean something else for every number of pixels.
+    x, w, p_text = at_least_float32(x, w, p_text)
+    return -(p_text * (x @ w.T / tau_i).log_softmax(1)).sum(1).mean()
+
+
+@torch.no_grad()
+def prototype_gradient(x, w, p_text, tau_i, chunk=8192):
+    """VPL Eq. 10: n times the gradient of prototype_loss at W, (P - P')^T x / tau_I, and n times the loss, float64.   -> (C, D), scalar
+
+    Sums over pixels, `chunk` at a time: the sums of several processes add up, and only `chunk` rows of P are ever in memory."""
+    gradient, loss = torch.zeros_like(w, dtype=torch.float64), torch.zeros((), dtype=torch.float64, device=w.device)
+    for part, target in zip(x.split(chunk), p_text.split(chunk)):
+        part, target = at_least_float32(part, target)
+        log_p = (part @ w.to(part.dtype).T / tau_i).log_softmax(1)                    # (chunk, C)
+        gradient += (log_p.exp() - target).T @ part / tau_i
+        loss -= (target * log_p).sum()
+    return gradient, loss
+
+
+def prototype_step(w, gradient, lr, norm):
+    """VPL Eq. 11, W <- W - lr gradient, then every row back to unit length; `norm` of the gradient before.   -> W, lr, norm of this gradient"""
+    # Differs from the paper: it says "standard projected gradient descent" and no more. The rate that halves whenever the norm of the gradient
+    # grows is InMaP's (Qian et al. 2023), which starts at 10 too. The norm is the whole gradient's, with the part along the rows that the
+    # projection undoes. That part stays at the optimum and may grow there step after step: the rate then dies, as it may.
+    now = gradient.norm()
+    lr = lr / (1 + (now > norm).to(now))                                              # on the device: nothing waits
+    return F.normalize(w - lr * gradient, dim=1), lr, now
+
+
+@torch.no_grad()
+def learn_prototypes(x, z, p_text, tau_i=0.03, lr=10.0, steps=3000, chunk=8192):
+    """VPL Eq. 9-11, W'* = argmin_W prototype_loss over unit rows, by `steps` full-batch steps from W = Z.   (n, D), (C, D), (n, C) -> (C, D)
+
+    In float32, W is still kept in float64, but the halving is a branch: two chunk sizes can part ways by a few steps of it."""
+    w, norm = z.double(), torch.inf
+    for _ in range(steps):
+        gradient, _ = prototype_gradient(x, w, p_text, tau_i, chunk)
+        w, lr, norm = prototype_step(w, gradient / len(x), lr, norm)
+    return w.to(z.dtype)
+
+
+# --------------------------------------------------------------------------------- VPL, regional semantic contrast
+
+def region_embeddings(v, a):
+    """VPL Eq. 12, P_{i,n} = sum_hw A_{i,n} V_i / sum_hw A_{i,n}.   (B, D, h, w), (B, C, h, w) -> (B, C, D)
+
+    A must not be negative; a region without any weight is 0."""
+    v, a = at_least_float32(v, a)
+    weight = a.sum((2, 3)).unsqueeze(2)                                               # (B, C, 1)
+    return torch.einsum("bchw,bdhw->bcd", a, v) / torch.where(weight > 0, weight, 1)
+
+
+def region_contrast(regions, w, labels, tau):
+    """VPL Eq. 13, L_RSC, with S_{i,n} the cosine of image i's region n and prototype n.   (B, C, D), (C, D), (B, C) -> scalar"""
+    # Differs from the paper: it numbers images and classes alike, as if each image held one class of its own. Here every pair (image, present
+    # class) is a positive; against it stand, in its row, the batch's classes that the image does not hold, in its column, the images without
+    # the class. Where each image does hold one class of its own, this is the paper's form.
+    regions, w = at_least_float32(regions, w)
+    labels = labels.bool()
+    b, k = labels.nonzero(as_tuple=True)                                              # (P,)
+    s = F.cosine_similarity(regions, w, dim=-1) / tau                                 # (B, C)
+    row_out = (labels | ~labels.any(0))[b] & ~F.one_hot(k, s.shape[1]).bool()         # (P, C): neither the pair itself nor a negative
+    column_out = labels.T[k] & ~F.one_hot(b, s.shape[0]).bool()                       # (P, B)
+    row = F.cross_entropy(s[b].masked_fill(row_out, -torch.inf), k, reduction="sum")
+    column = F.cross_entropy(s.T[k].masked_fill(column_out, -torch.inf), b, reduction="sum")
+    return (row + column) / (2 * max(len(b), 1))

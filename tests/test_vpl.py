@@ -1,0 +1,256 @@
+"""VPL phase 1 as a command on a tiny world: what is marked, what W learns from it, resumed, batched and shared among processes alike."""
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import CLASSES, LABELS, call, make_folder, refused, run
+
+from wsss import clip_model, common, data, gradcam, losses
+
+C, GROUNDS = 3, ["rails", "water", "grass", "sky"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, tiny_clip):
+    """Data, CLIP, and one finished run in `out`."""
+    root = tmp_path_factory.mktemp("world")
+    make_folder(root / "data")
+    (root / "data/backgrounds.txt").write_text("\n".join(GROUNDS))
+    (root / "clip.pt").symlink_to(tiny_clip)
+    vpl(root, root / "out")
+    return root
+
+
+def flags(world, out, *more):
+    return ["--data", world / "data", "--out", out, "--clip", world / "clip.pt", "--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0",
+            "--batch-size", "2", "--tau-t", "0.02", "--phi", "0.6", "--steps", "20", "--lr", "0.1", "--log-every", "5", "--save-every", "5", *more]
+
+
+def vpl(world, out, *more):
+    done = call("vpl.py", *flags(world, out, *more))
+    assert done.returncode == 0, done.stderr
+    return torch.load(out / "prototypes.pt", weights_only=True)
+
+
+def rows(out):
+    lines = [json.loads(line) for line in (out / "prototypes.jsonl").read_text().splitlines()][1:]
+    return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
+
+
+def features(out):
+    """{id: (x (n, D), class (n,))} as stored."""
+    files = {id: np.load(out / f"features/{id}.npy").astype(np.float64) for id in LABELS}
+    return {id: (f[:, :-1], f[:, -1].astype(int)) for id, f in files.items()}
+
+
+def expected(world, id, affinity=True, kind="patch"):
+    """Features and marked class of every patch of a picture, -1 for none, the rule written as a loop. -> (N, D), (N,)"""
+    clip, folder = clip_model.load_clip(world / "clip.pt"), data.Folder(world / "data")
+    texts = clip.encode_text(data.class_texts(CLASSES + GROUNDS, "a clean origami {}."))
+    x, attention, grid = gradcam.last_inputs(clip, folder.image(id)[None])
+    present = torch.tensor(LABELS[id], dtype=torch.long)
+    competes = torch.tensor([[n in LABELS[id] or n >= C for n in range(C + len(GROUNDS))]])
+    b = torch.zeros_like(present)
+    maps = gradcam.gradcam(clip, x, grid, texts, competes, b, present, 50)
+    if affinity:
+        maps = gradcam.refine(maps, gradcam.affinity(attention), b, 0.4)
+    marked = []
+    for n in range(grid[0] * grid[1]):
+        values = [m.flatten()[n].item() for m in maps]
+        top = max(values, default=0)
+        marked.append(LABELS[id][values.index(top)] if top >= 0.6 else C if 1 - top >= 0.6 else -1)
+    return gradcam.patch_features(clip, x, kind)[0].numpy(), np.array(marked)
+
+
+# ---------------------------------------------------------------- what it makes
+
+def test_prototypes_of_classes_and_backgrounds_of_unit_length(world):
+    made = torch.load(world / "out/prototypes.pt", weights_only=True)
+    W, Z = made["model"]["prototypes"], made["model"]["text"]
+    assert made["stage"] == "prototypes" and made["classes"] == CLASSES and made["backgrounds"] == GROUNDS
+    assert (made["tau_t"], made["tau_i"]) == (0.02, 0.03)
+    assert W.shape == Z.shape == (7, 16) and W.dtype == Z.dtype == torch.float32
+    torch.testing.assert_close(W.norm(dim=1), torch.ones(7))
+    torch.testing.assert_close(Z, clip_model.load_clip(world / "clip.pt").encode_text(data.class_texts(CLASSES + GROUNDS, "a clean origami {}.")))
+    mean = torch.from_numpy(np.concatenate([x for x, _ in features(world / "out").values()]).mean(0))
+    for name, prototypes in (("before", Z), ("after", W)):
+        assert made["gap"][name] == pytest.approx((mean - prototypes.double().mean(0)).norm().item(), abs=1e-6)
+    log = rows(world / "out")
+    assert [row["step"] for row in log] == [1, 5, 10, 15, 20] and log[-1]["loss"] < log[0]["loss"]
+    assert log[0]["gap"] == pytest.approx(made["gap"]["before"], rel=1e-5)
+
+
+def test_stored_are_the_features_of_marked_pixels(world, tmp_path):
+    """Classes 1 and 2, one class, and none; with --no-affinity the maps alone, with --features value another x."""
+    vpl(world, tmp_path, "--no-affinity", "--features", "value", "--steps", "1")
+    for out, more in ((world / "out", {}), (tmp_path, dict(affinity=False, kind="value"))):
+        for id in ("a_2", "a_1", "a_3"):
+            x, marked = expected(world, id, **more)
+            assert len(x) == 20 and set(marked) - {-1} == {*LABELS[id], C} or id == "a_3"
+            found, classes = features(out)[id]
+            assert classes.tolist() == marked[marked >= 0].tolist()
+            np.testing.assert_allclose(found, x[marked >= 0], atol=1e-3)
+    assert (features(world / "out")["a_3"][1] == C).all()
+
+
+@pytest.mark.parametrize("more", [[], ["--target", "hard"], ["--no-label-mask"], ["--no-learn-background"]], ids=" ".join)
+def test_prototypes_are_descent_from_the_texts_on_the_stored_pixels(world, tmp_path, more):
+    """P' written as a loop over pixels; columns that are not learned get no gradient."""
+    made = vpl(world, tmp_path / "out", *more)
+    Z, all_x, p_text = made["model"]["text"].double(), [], []
+    for id, (x, marked) in features(tmp_path / "out").items():
+        for pixel, k in zip(torch.from_numpy(x), marked):
+            columns = [n for n in range(7) if n >= C or n in LABELS[id]]
+            if "--target" in more:
+                columns = [k] if k < C else [3, 4, 5, 6]
+            elif "--no-label-mask" in more:
+                columns = range(7)
+            e = [(pixel @ Z[n] / 0.02).exp() if n in columns else torch.tensor(0.) for n in range(7)]
+            p_text.append(torch.stack([v / sum(e) for v in e])), all_x.append(pixel)
+            assert k < C or "--no-learn-background" not in more
+    all_x, p_text, W, lr, norm = torch.stack(all_x), torch.stack(p_text).double(), Z, 0.1, torch.inf
+    learned = C if "--no-learn-background" in more else 7
+    for _ in range(20):
+        gradient = losses.prototype_gradient(all_x, W, p_text, 0.03)[0] / len(all_x)
+        gradient[learned:] = 0
+        W, lr, norm = losses.prototype_step(W, gradient, lr, norm)
+    torch.testing.assert_close(made["model"]["prototypes"].double(), W, rtol=0, atol=1e-4)
+    assert (W[:learned] - Z[:learned]).abs().max() > 0.01
+    assert made["gap"]["after"] == pytest.approx((all_x.mean(0) - W[:learned].mean(0)).norm().item(), abs=1e-4)
+    assert made["pixels"] == [sum((marked == k).sum() for _, marked in features(tmp_path / "out").values()) for k in range(C + 1)]
+
+
+def test_regions_are_means_over_the_pixels_of_a_class(world, tmp_path):
+    made = vpl(world, tmp_path, "--pool", "region", "--steps", "1")
+    for id, (pooled, classes) in features(tmp_path).items():
+        x, marked = features(world / "out")[id]
+        assert classes.tolist() == sorted(set(marked))
+        for row, k in zip(pooled, classes):
+            mean = x[marked == k].mean(0)
+            np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=2e-3)
+    assert sum(made["pixels"]) == sum(len(set(marked)) for _, marked in features(world / "out").values())
+
+
+def test_texts_of_one_prompt_and_of_another_template(world, tmp_path):
+    clip = clip_model.load_clip(world / "clip.pt")
+    for more, template in ((["--prompt", "single"], "a photo of a {}."), (["--template", "the {}"], "the {}")):
+        made = vpl(world, tmp_path / more[0], "--steps", "1", *more)
+        torch.testing.assert_close(made["model"]["text"], clip.encode_text([template.format(name) for name in CLASSES + GROUNDS]))
+
+
+def test_synonyms_stand_in_the_names_of_an_ensemble(tmp_path, tiny_clip):
+    make_folder(tmp_path / "data", labels={"b_1": [0], "b_2": [2]})
+    for name, before, after in (("classes.txt", "train", "bird"), ("labels.txt", "train", "bird")):
+        file = tmp_path / "data" / name
+        file.write_text(file.read_text().replace(before, after))
+    (tmp_path / "clip.pt").symlink_to(tiny_clip)
+    done = call("vpl.py", *flags(tmp_path, tmp_path / "out", "--steps", "1"))
+    assert "no pixel is marked as boat: these" in done.stdout and "b_" not in done.stdout
+    text = torch.load(tmp_path / "out/prototypes.pt", weights_only=True)["model"]["text"]
+    want = [f"a clean origami {name}." for name in ("bird avian", "boat", "cow", "ground")]
+    torch.testing.assert_close(text[:4], clip_model.load_clip(tiny_clip).encode_text(want))
+    assert len(text) == 3 + 25                                                          # VOC's backgrounds where the folder names none
+
+
+# ---------------------------------------------------------------- the same numbers, however it is run
+
+def test_batches_do_not_matter(world, tmp_path):
+    five, two = vpl(world, tmp_path, "--batch-size", "5"), torch.load(world / "out/prototypes.pt", weights_only=True)
+    torch.testing.assert_close(five["model"]["prototypes"], two["model"]["prototypes"], rtol=0, atol=1e-5)
+
+
+def test_two_processes_are_one(world, tmp_path):
+    run("vpl.py", *flags(world, tmp_path, "--max-pixels", "50"), processes=2)
+    one = vpl(world, tmp_path / "one", "--max-pixels", "50")
+    two = torch.load(tmp_path / "prototypes.pt", weights_only=True)
+    torch.testing.assert_close(two["model"]["prototypes"], one["model"]["prototypes"], rtol=0, atol=1e-5)
+    assert two["pixels"] == one["pixels"] and two["gap"] == pytest.approx(one["gap"], abs=1e-6)
+    for a, b in zip(rows(tmp_path), rows(tmp_path / "one")):
+        assert a == pytest.approx(b, rel=1e-4)
+
+
+def test_max_pixels_bounds_every_picture_and_draws_the_same(world, tmp_path):
+    made = vpl(world, tmp_path / "a", "--max-pixels", "37", "--steps", "1")
+    assert sum(made["pixels"]) <= 37
+    vpl(world, tmp_path / "b", "--max-pixels", "37", "--steps", "1", "--batch-size", "1")
+    vpl(world, tmp_path / "c", "--max-pixels", "37", "--steps", "1", "--seed", "1")
+    for id, (x, marked) in features(tmp_path / "a").items():
+        all_x, all_marked = features(world / "out")[id]
+        assert len(x) == min(7, len(all_x))
+        places = [int(np.abs(all_x - row).sum(1).argmin()) for row in x]
+        assert places == sorted(set(places)) and (all_marked[places] == marked).all()   # a subset, each once
+        assert (features(tmp_path / "b")[id][1] == marked).all()
+    assert any(not np.array_equal(features(tmp_path / "c")[id][0], features(tmp_path / "a")[id][0]) for id in LABELS)
+
+
+@pytest.mark.parametrize("kill", ["features", "descent"])
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, kill, monkeypatch):
+    def killed(path, *args, **content):
+        if path.name == ("a_2.npy" if kill == "features" else "prototypes.last.pt") and not (kill == "descent" and content["step"] < 10):
+            raise KeyboardInterrupt
+        return whole(path, *args, **content)
+
+    name = "atomic" if kill == "features" else "save"
+    whole = getattr(common, name)
+    with monkeypatch.context() as patch:
+        patch.setattr(common, name, killed)
+        done = call("vpl.py", *flags(world, tmp_path))
+    assert done.returncode == 130 and "nothing finished is lost" in done.stderr and not (tmp_path / "prototypes.pt").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("features/*.npy")}
+    assert len(kept) == (3 if kill == "features" else 5) and (tmp_path / "prototypes.last.pt").exists() == (kill == "descent")
+    resumed, uninterrupted = vpl(world, tmp_path), torch.load(world / "out/prototypes.pt", weights_only=True)
+    assert all(torch.equal(resumed["model"][k], uninterrupted["model"][k]) for k in ("prototypes", "text"))
+    assert resumed["gap"] == uninterrupted["gap"] and rows(tmp_path) == rows(world / "out")
+    assert all((tmp_path / "features" / file).stat().st_mtime_ns == time for file, time in kept.items())          # read, not made again
+
+
+def test_finished_is_skipped_and_another_recipe_refused(world, tmp_path):
+    before = (world / "out/prototypes.pt").stat().st_mtime_ns
+    done = call("vpl.py", *flags(world, world / "out"))
+    assert done.returncode == 0 and "is finished" in done.stdout and (world / "out/prototypes.pt").stat().st_mtime_ns == before
+    refused(call("vpl.py", *flags(world, world / "out", "--tau-i", "0.02")), "--tau-i 0.03 (now 0.02)", "another --out")
+    (tmp_path / "features").symlink_to(world / "out/features")                          # Table 5 in another folder: pixels are collected once
+    time = (world / "out/features/a_1.npy").stat().st_mtime_ns
+    vpl(world, tmp_path, "--tau-i", "0.02", "--steps", "5")
+    assert (world / "out/features/a_1.npy").stat().st_mtime_ns == time
+    (tmp_path / "prototypes.pt").unlink()
+    refused(call("vpl.py", *flags(world, tmp_path, "--features", "value")), "--features patch (now value)")
+
+
+# ---------------------------------------------------------------- bad input
+
+def test_refused_in_one_line(world, tmp_path):
+    for more, words in ((["--tau-t", "0"], "--tau-t 0.0: must be above 0"), (["--tau-i", "-1"], "--tau-i"), (["--lr", "nan"], "--lr nan"),
+                        (["--phi", "0"], "phi is above 0"), (["--phi", "1.5"], "phi is above 0"), (["--box", "1"], "--box 1.0"),
+                        (["--max-pixels", "4"], "less than one for each of 5 pictures"), (["--clip", "ViT-Z/1"], "ViT-Z/1: no such file")):
+        refused(call("vpl.py", *flags(world, tmp_path, *more)), words)
+    assert not list(tmp_path.glob("*.pt"))
+
+
+def test_pictures_without_any_class_are_refused(tmp_path, tiny_clip):
+    make_folder(tmp_path / "data", labels={"b_1": [], "b_2": []})
+    (tmp_path / "clip.pt").symlink_to(tiny_clip)
+    refused(call("vpl.py", *flags(tmp_path, tmp_path / "out")), "no pixel of 2 pictures is marked", "--phi 0.6")
+
+
+def test_a_resnet_is_refused(world, tmp_path):
+    from clip.model import CLIP
+    model = CLIP(embed_dim=16, image_resolution=32, vision_layers=(1, 1, 1, 1), vision_width=4, vision_patch_size=None, context_length=77, vocab_size=49408,
+                 transformer_width=64, transformer_heads=1, transformer_layers=1)
+    torch.save(model.state_dict(), tmp_path / "resnet.pt")
+    refused(call("vpl.py", *flags(world, tmp_path / "out", "--clip", tmp_path / "resnet.pt")), "ResNet", "ViT-B/16")
+
+
+def test_features_that_are_not_finite_name_their_picture(world, tmp_path):
+    state = torch.load(world / "clip.pt", weights_only=True)
+    state["visual.ln_post.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    refused(call("vpl.py", *flags(world, tmp_path / "out", "--clip", tmp_path / "nan.pt")), "features of a_1 are not finite")
+
+
+def test_torn_features_are_named(world, tmp_path):
+    vpl(world, tmp_path, "--steps", "1")
+    (tmp_path / "prototypes.pt").unlink()
+    (tmp_path / "features/a_4.npy").write_bytes(b"\x93NUMPY")
+    refused(call("vpl.py", *flags(world, tmp_path, "--steps", "1")), "a_4.npy is not a plain .npy array", "remove it")
