@@ -20,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import make_toy
 from make_toy import CLASSES, GROUNDS, OWN
-from wsss import data
+from wsss import clip_model, data, gradcam
 
 THRESHOLD = .4                         # of the min-max map, fixed before measuring; recipes were compared on draw 5, which is not quoted
 
@@ -90,48 +90,14 @@ def measure(model, draw, count):
 
 # ---------------------------------------------------------------------------------------------- maps from texts
 
-def at_size(visual, side):
-    """The position embedding for side x side patches, bilinear as CLIP-ES does. -> (1 + side^2, width)"""
-    p = visual.positional_embedding.detach()
-    old = round((len(p) - 1) ** .5)
-    grid = F.interpolate(p[1:].T.reshape(1, -1, old, old), (side, side), mode="bilinear", align_corners=False)
-    return torch.cat([p[:1], grid.reshape(p.shape[1], -1).T])
-
-
-def gradcam(model, images, labels, names, backgrounds):
-    """CLIP-ES's text maps. images (B, 3, S, S) normalised, labels: list of present classes each -> per image (P, h, w), min-max."""
-    v, out = model.visual, []
-    t = texts(model, names + backgrounds)
-    with torch.no_grad():
-        x = v.conv1(images)                                                              # (B, width, h, w)
-        side = x.shape[-1]
-        x = torch.cat([v.class_embedding.expand(len(x), 1, -1), x.flatten(2).transpose(1, 2)], 1) + at_size(v, side)
-        x = v.ln_pre(x).transpose(0, 1)                                                  # (N, B, width)
-        for block in v.transformer.resblocks[:-1]:
-            x = block(x)
-    last = v.transformer.resblocks[-1]
-    for b, present in enumerate(labels):
-        xb = x[:, b:b + 1].repeat(1, len(present), 1)                                    # a copy for each present class
-        u = last.ln_1(xb).detach().requires_grad_(True)
-        y = xb + last.attn(u, u, u, need_weights=False)[0]
-        y = y + last.mlp(last.ln_2(y))
-        e = F.normalize(v.ln_post(y[1:]).mean(0) @ v.proj, dim=-1)                       # (P, D): mean over patches, no class token
-        columns = torch.tensor(list(present) + list(range(len(names), len(t))))
-        logits = model.logit_scale.exp() * e @ t[columns].T                              # (P, K)
-        mine = torch.eye(len(present), len(columns)).bool()
-        margin = logits[mine] - logits.masked_fill(mine, -torch.inf).logsumexp(1)        # its gradient does not vanish when the class is certain
-        w = torch.autograd.grad(margin.sum(), u)[0][1:].mean(0)                          # (P, width)
-        cam = (u[1:] * w).sum(-1).relu().T.reshape(len(present), side, side).detach()
-        low, high = cam.amin((1, 2), keepdim=True), cam.amax((1, 2), keepdim=True)
-        out.append((cam - low) / (high - low + 1e-8))
-    return out
-
-
 def map_scores(model, draw, count, resolution, thresholds=(.3, .4, .5, .6)):
     """mIoU of the text maps of a draw at fixed thresholds, and the share of the own background lit at THRESHOLD."""
-    pictures = scenes(draw, count)
-    x = F.interpolate(torch.stack([normalised(s.image) for s in pictures]), (resolution,) * 2, mode="bicubic", antialias=True, align_corners=False)
-    cams = gradcam(model, x, [s.labels for s in pictures], CLASSES, GROUNDS)
+    pictures, frozen, columns = scenes(draw, count), clip_model.FrozenClip(model), texts(model, CLASSES + GROUNDS)
+    cams = []
+    for s in pictures:
+        seen = gradcam.last_inputs(frozen, data.to_float(s.image)[None], size=(resolution, resolution))
+        k = torch.tensor(s.labels)
+        cams.append(gradcam.class_maps(frozen, *seen, columns, len(CLASSES), 0 * k, k, model.logit_scale.exp()))
     matrix = {t: np.zeros((len(CLASSES) + 1,) * 2, np.int64) for t in thresholds}
     lit = np.zeros((len(CLASSES), 2))
     for s, cam in zip(pictures, cams):

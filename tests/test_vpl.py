@@ -254,3 +254,63 @@ def test_torn_features_are_named(world, tmp_path):
     (tmp_path / "prototypes.pt").unlink()
     (tmp_path / "features/a_4.npy").write_bytes(b"\x93NUMPY")
     refused(call("vpl.py", *flags(world, tmp_path, "--steps", "1")), "a_4.npy is not a plain .npy array", "remove it")
+
+
+# ---------------------------------------------------------------- maps by texts and by vision prototypes
+
+def cam(world, out, *more):
+    return call("make_cam.py", "--data", world / "data", "--out", out, "--clip", world / "clip.pt", "--split", "train", "--device", "cpu", "--amp", "off",
+                "--workers", "0", "--sheets", "0", "--tau-t", "0.02", *more)
+
+
+@pytest.mark.parametrize("source", ["text", "vision"])
+def test_maps_are_the_gradcam_of_each_picture(world, tmp_path, source):
+    """One picture at a time by the shared functions, against batches of two; by W and tau_I where the source is vision."""
+    done = cam(world, world / "out", "--source", source, "--cam", f"cam_{source}", "--batch-size", "2")
+    assert done.returncode == 0, done.stderr
+    made = torch.load(world / "out/prototypes.pt", weights_only=True)
+    columns, tau = (made["model"]["text"], 0.02) if source == "text" else (made["model"]["prototypes"], 0.03)
+    clip, folder = clip_model.load_clip(world / "clip.pt"), data.Folder(world / "data")
+    for id, present in LABELS.items():
+        image = folder.image(id)
+        x, attention, grid = gradcam.last_inputs(clip, image[None])
+        competes = torch.tensor([[n in present or n >= C for n in range(C + len(GROUNDS))]])
+        k = torch.tensor(present, dtype=torch.long)
+        maps = gradcam.refine(gradcam.gradcam(clip, x, grid, columns, competes, 0 * k, k, 1 / tau), gradcam.affinity(attention), 0 * k, 0.4)
+        maps = data.resize_maps(maps, image.shape[1:])
+        low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+        stored = np.load(world / f"out/cam_{source}/{id}.npy")
+        assert stored.shape == (len(present), *image.shape[1:]) and np.abs(stored - ((maps - low) / (high - low)).numpy()).max(initial=0) < 2e-3
+
+
+def test_vision_maps_are_others_than_text_maps(world, tmp_path):
+    made = [cam(world, world / "out", "--source", source, "--cam", f"other_{source}", "--limit", "2") for source in ("text", "vision")]
+    a, b = (np.load(world / f"out/other_{source}/a_2.npy") for source in ("text", "vision"))
+    assert all(done.returncode == 0 for done in made) and not np.allclose(a, b, atol=0.02)
+
+
+def test_the_stored_inputs_of_the_last_block_give_the_same_maps(world, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    vpl(world, out, "--cache")
+    assert len(list((out / "cache").glob("*.pt"))) == 5
+    looks = []
+    monkeypatch.setattr(gradcam, "last_inputs", lambda *_: looks.append(1))      # nothing goes through CLIP again
+    assert cam(world, out, "--source", "vision", "--cache").returncode == 0 and not looks
+    monkeypatch.undo()
+    assert cam(world, out, "--source", "vision", "--cam", "fresh").returncode == 0
+    for id in LABELS:
+        assert np.abs(np.load(out / f"cam/{id}.npy").astype(float) - np.load(out / f"fresh/{id}.npy")).max(initial=0) < 0.02
+    refused(cam(world, out, "--source", "vision", "--cam", "third", "--cache", "--amp", "bf16"), "cache was made with --amp off (now bf16)")
+
+
+def test_maps_refuse_what_does_not_fit(world, tmp_path, tiny_clip):
+    refused(cam(world, tmp_path / "none", "--source", "vision"), "prototypes.pt is missing: run vpl.py")
+    state = torch.load(tiny_clip, weights_only=True)
+    torch.save({name: value + 0.01 for name, value in state.items()}, tmp_path / "other.pt")
+    refused(cam(world, world / "out", "--source", "vision", "--cam", "x", "--clip", tmp_path / "other.pt"), "was learned with another --clip")
+    other = make_folder(tmp_path / "d")
+    (other / "backgrounds.txt").write_text("fog\n")
+    refused(call("make_cam.py", "--data", other, "--out", world / "out", "--cam", "x", "--clip", world / "clip.pt", "--split", "train", "--source", "vision"),
+            "was learned with other backgrounds")
+    for wrong in (["--source", "text", "--init", "x.pt"], ["--source", "text", "--cache", "--flip"], ["--source", "refine", "--cache"], ["--source", "text", "--tau-t", "0"]):
+        assert cam(world, world / "out", "--cam", "x", *wrong).returncode == 2
