@@ -113,13 +113,8 @@ def open_clip(args, folder, env):
         columns, tau = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template)), args.tau_t
         weights = args.inputs["clip"] or args.clip
     else:
-        path = args.out / "prototypes.pt"
-        content = common.load(path, "prototypes", folder.classes)
-        if content["backgrounds"] != folder.backgrounds:
-            raise ValueError(f"{path} was learned with other backgrounds ({common.describe(content['backgrounds'])}) than --data names: run vpl.py again")
-        if (content["args"]["inputs"]["clip"] or content["args"]["clip"]) != (args.inputs["clip"] or args.clip):
-            raise ValueError(f"{path} was learned with another --clip ({content['args']['clip']}): give the same, or run vpl.py with this one")
-        columns, tau, weights = content["model"]["prototypes"].to(env.device), args.tau_i or content["tau_i"], common.fingerprint(path)
+        content = common.load_prototypes(args, folder)
+        columns, tau, weights = content["model"]["prototypes"].to(env.device), args.tau_i or content["tau_i"], common.fingerprint(args.out / "prototypes.pt")
     box = args.box if args.affinity else None
 
     def maps(images, b, k, ids):

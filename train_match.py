@@ -23,6 +23,9 @@ def parse():
     p.add_argument("--lambda-b", type=float, default=2.4, help="weight of the background term; raise it if the masks miss parts of the object")
     p.add_argument("--init", help="generator to start from instead of <out>/cls.pt: a published checkpoint or one of ours")
     p.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper's text may be read")
+    # Neither paper has this: VPL's answer to the modality gap put into SemPLeS's question.
+    p.add_argument("--targets", choices=["text", "vision"], default="text",
+                   help="what CLIP compares regions with: texts, or the vision prototypes in <out>/prototypes.pt (vpl.py with the same --clip)")
     common.matching(p)
     g = common.training(p, epochs=60, lr=6.4e-5)
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
@@ -35,14 +38,18 @@ def main():
     env = common.Env(args)
     out, last = args.out / "match.pt", args.out / "match.last.pt"
     start = args.init or args.out / "cls.pt"
-    args.inputs = common.inputs(start=start, clip=args.clip)
+    vision = {"prototypes": args.out / "prototypes.pt"} if args.targets == "vision" else {}
+    args.inputs = common.inputs(start=start, clip=args.clip, **vision)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
-    class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
+    if vision:
+        class_text = common.load_prototypes(args, folder)["model"]["prototypes"][:len(folder.classes)].to(env.device)
+    else:
+        class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
     if not args.init:
         common.load(start, "cls", folder.classes)
     model = generator.load_generator(start, args.pool, len(folder.classes), args.drop_path).to(env.device)

@@ -9,6 +9,9 @@ L_total = L_match + lambda L_refine, L_refine = -log(1 - sim(E_I(X_f), u_b)), wi
 --scheme sequential is the paper's: (a), (b), (c) once. alternate repeats (b) and (c), --rounds in all (one round is sequential);
 joint trains S and fresh prompts at once by all three losses from <out>/cls.pt, the prompts detached in L_refine, S detached in L_prompt.
 
+--targets vision, which is in neither paper, takes VPL's prototypes W (vpl.py) for texts and prompts: u_f is the class's, u_b the learned
+background's that the pair's background region is nearest to. It needs no train_prompt.py.
+
     python train_refine.py --data /data/VOC2012 --out runs/voc
     python train_refine.py --data /data/VOC2012 --out runs/voc --init runs/voc/cls.pt      # only the prompts carry over (authors' code)
     python train_refine.py --data /data/COCO --out runs/coco --split train --batch-size 24 --lr 2.4e-7 --lambda-b 0.75 \\
@@ -27,6 +30,9 @@ def parse():
     p.add_argument("--init", help="generator to start from instead of <out>/match.pt: a published checkpoint or one of ours")
     p.add_argument("--prompts", default="learned", choices=["learned", "random"], help="random: prompts as initialised, the ablation of Table 5")
     p.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper's text may be read")
+    # Neither paper has this: VPL's answer to the modality gap put into SemPLeS's question.
+    p.add_argument("--targets", choices=["text", "vision"], default="text",
+                   help="what CLIP compares regions with: texts, or the vision prototypes in <out>/prototypes.pt (vpl.py with the same --clip)")
     g = p.add_argument_group("learning schemes (arXiv Table 6)")
     g.add_argument("--scheme", choices=["sequential", "alternate", "joint"], default="sequential")
     g.add_argument("--rounds", type=common.positive, default=1, help="rounds of (b), (c) under --scheme alternate; the first (b) is train_prompt.py")
@@ -40,6 +46,8 @@ def parse():
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while S trains")
     args = p.parse_args()
+    if args.targets == "vision" and args.scheme != "sequential":
+        p.error("--targets vision has no prompts to train: it goes with --scheme sequential")
     if args.rounds > 1 and args.scheme != "alternate":
         p.error("--rounds goes with --scheme alternate")
     return args
@@ -48,7 +56,7 @@ def parse():
 def load_prompts(args, clip, classes):
     """The learned prompts; fresh ones for the joint scheme and for the ablation."""
     common.seed_all(args.seed)                                                          # the same prompts on every process
-    if args.scheme == "joint" or args.prompts == "random":
+    if args.scheme == "joint" or args.prompts == "random" or args.targets == "vision":
         return clip_model.BackgroundPrompts(clip, len(classes), args.prompt_length, args.prompt_init)
     content = common.load(args.out / "prompts.pt", "prompts", classes)
     prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
@@ -65,14 +73,18 @@ def main():
     env = common.Env(args)
     out, last = args.out / "refine.pt", args.out / "refine.last.pt"
     start = args.init or args.out / ("cls.pt" if args.scheme == "joint" else "match.pt")
-    args.inputs = common.inputs(start=start, clip=args.clip, prompts=args.out / "prompts.pt")
+    vision = args.targets == "vision"
+    args.inputs = common.inputs(start=start, clip=args.clip, prompts=args.out / ("prototypes.pt" if vision else "prompts.pt"))
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
-    class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
+    if vision:
+        class_text, grounds = common.load_prototypes(args, folder)["model"]["prototypes"].to(env.device).tensor_split([len(folder.classes)])
+    else:
+        class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
     if not args.init:
         common.load(start, start.stem, folder.classes)
     model = torch.nn.ModuleDict({
@@ -111,6 +123,8 @@ def main():
                 v_f, v_b = clip.encode_normalized(torch.cat(regions), args.micro_batch, args.mask_fill).chunk(2)     # (P, D) each
             with env.autocast():
                 u_b = (fixed if phase == "refine" else prompts())[k]                    # (P, D)
+            if vision:                                                                  # what this background region shows most of
+                u_b = grounds[(v_b.detach() @ grounds.T).argmax(1)]
             match = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1
             refine = common.mean(losses.refine_loss(v_f, u_b.detach()))                                              # Eq. 3
             prompt = common.mean(losses.prompt_loss(u_b, v_b.detach(), class_text[k], args.lambda_t, args.repel))    # Eq. 2

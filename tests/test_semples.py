@@ -116,6 +116,34 @@ def test_logged_loss_is_the_equation_on_that_batch(world):
     assert first["mask"] == pytest.approx(torch.stack(masks).mean().item(), abs=1e-5)
 
 
+def test_vision_prototypes_in_place_of_texts_and_prompts(world, tmp_path):
+    """First lines of match.jsonl and refine.jsonl under --targets vision: u_f is W's row, u_b the background row nearest to v_b."""
+    folder, out = data.Folder(world / "data"), copy_inputs(world, tmp_path / "out", "match")
+    done = call("vpl.py", "--data", world / "data", "--out", out, *SHARED, "--clip", world / "clip.pt", "--steps", "3", "--lr", "0.1", "--phi", "0.6")
+    assert done.returncode == 0, done.stderr
+    for script, stage, start in (("train_match.py", "match", "cls"), ("train_refine.py", "refine", "match")):
+        done = call(script, *flags(script, world, out, "--targets", "vision"))
+        assert done.returncode == 0, done.stderr
+        W = torch.load(out / "prototypes.pt", weights_only=True)["model"]["prototypes"]
+        samples = data.Samples(folder, folder.ids("train"), data.train_transform(24, randaugment=True, erase=0.25))
+        batches = data.Batches(5, 2, common.Env(common.parser("").parse_args(["--data", "x", "--out", str(out), "--device", "cpu"])))
+        clip, S = clip_model.load_clip(world / "clip.pt"), generator.load_generator(out / f"{start}.pt").eval()
+        match, refine = [], []
+        for image, labels, _ in (samples[key] for key in next(iter(batches))):
+            for k in labels.nonzero().flatten().tolist():
+                m = torch.nn.functional.interpolate(S.maps(image[None])[:, [k]], (16, 16), mode="bilinear")[0, 0]
+                m, x = (m - m.min()) / (m.max() - m.min() + 0.1), clip.normalize(image[None])
+                v_f, v_b = clip.encode_normalized(m * x)[0], clip.encode_normalized((1 - m) * x)[0]
+                u_b = max(W[3:], key=lambda row: (row @ v_b).item())
+                match.append(losses.match_loss(v_f[None], v_b[None], W[[k]], 2.4)), refine.append(losses.refine_loss(v_f[None], u_b[None]))
+        first = rows(out / f"{stage}.jsonl")[0]
+        match, refine = torch.cat(match).mean().item(), torch.cat(refine).mean().item()
+        assert first["loss"] == pytest.approx(match + (0.05 * refine if stage == "refine" else 0), abs=1e-4)
+    assert not (out / "prompts.pt").exists()
+    assert call("train_refine.py", *flags("train_refine.py", world, out, "--targets", "vision", "--scheme", "joint")).returncode == 2
+    refused(call("train_match.py", *flags("train_match.py", world, tmp_path / "none", "--targets", "vision", "--init", world / "out/cls.pt")), "prototypes.pt is missing: run vpl.py")
+
+
 def test_total_loss_of_refine_is_match_plus_lambda_refine(world):
     for row in rows(world / "out/refine.jsonl"):
         assert row["loss"] == pytest.approx(row["match"] + 0.05 * row["refine"], rel=1e-4) and row["phase"] == "refine"

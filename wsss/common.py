@@ -179,6 +179,16 @@ class Env:
             dist.all_reduce(tensor)
         return tensor
 
+    def gather(self, rows, total):
+        """Rows (n, ...) of all ranks, in the order of the batch of `total` that `shard` dealt out -> (total, ...).
+
+        This rank's rows get `world` times their gradient, because DDP averages what the ranks compute, each the same loss of all rows."""
+        if self.world == 1:
+            return rows
+        mine = rows.new_zeros(total, *rows.shape[1:])
+        mine[self.rank::self.world] = rows
+        return self.sum(mine.detach().clone()) + self.world * (mine - mine.detach())
+
     def in_turn(self, make):
         """make() on rank 0 first: it may download what the others then find."""
         if not self.main:
@@ -336,6 +346,17 @@ def load(path, stage=None, classes=None, map_location="cpu"):
     if classes is not None and content["classes"] != list(classes):
         raise ValueError(f"{path} was trained on other classes ({describe(content['classes'])}) than this data folder's ({describe(classes)}): "
                          f"give the --data it was trained on, or another --out")
+    return content
+
+
+def load_prototypes(args, folder):
+    """<out>/prototypes.pt (vpl.py), learned for this folder's classes and backgrounds with the CLIP of now."""
+    path = args.out / "prototypes.pt"
+    content = load(path, "prototypes", folder.classes)
+    if content["backgrounds"] != folder.backgrounds:
+        raise ValueError(f"{path} was learned with other backgrounds ({describe(content['backgrounds'])}) than --data names: run vpl.py again")
+    if (content["args"]["inputs"]["clip"] or content["args"]["clip"]) != (args.inputs["clip"] or args.clip):
+        raise ValueError(f"{path} was learned with another --clip ({content['args']['clip']}): give the same, or run vpl.py with this one")
     return content
 
 

@@ -25,11 +25,10 @@ def at_least_float32(x):
 # ------------------------------------------------------------------------------------------------- the forward pass
 
 @torch.no_grad()
-def last_inputs(clip, images, layers=8, size=None):
-    """(B, 3, H, W) RGB in [0, 1] -> what enters the last block x (B, 1 + N, width), attention (B, N, N), grid (h, w)
+def run_blocks(clip, images, size=None):
+    """(B, 3, H, W) RGB in [0, 1] -> per block what enters it (B, 1 + N, width) and its attention between patches (B, N, N), mean over heads; grid (h, w)
 
-    The picture, or `size` (H, W) if given, is resized to the nearest multiples of the patch, and the position embedding to that grid.
-    attention: mean over the heads of the last `layers` blocks, the last one included, between patches only."""
+    The picture, or `size` (H, W) if given, is resized to the nearest multiples of the patch, and the position embedding to that grid."""
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
         raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: GradCAM reads a vision transformer, take ViT-B/16")
@@ -41,15 +40,21 @@ def last_inputs(clip, images, layers=8, size=None):
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + positions(visual, h, w)
     x = layer_norm(visual.ln_pre, x)                                                  # (B, 1 + N, width)
 
-    blocks, attention = list(visual.transformer.resblocks), []
-    for block in blocks:
+    inputs, attention = [x], []
+    for block in visual.transformer.resblocks:
+        x = inputs[-1]
         q, k, v, A = attend(block.attn, layer_norm(block.ln_1, x))
-        if block in blocks[-layers:]:
-            attention.append(A[:, :, 1:, 1:].mean(1))                                 # (B, N, N)
-        if block is not blocks[-1]:
-            x = x + block.attn.out_proj(merge(A @ v))
-            x = x + block.mlp(layer_norm(block.ln_2, x))
-    return x, sum(attention) / len(attention), (h, w)
+        attention.append(A[:, :, 1:, 1:].mean(1))
+        if block is not visual.transformer.resblocks[-1]:
+            x = x + block.attn.out_proj(merge(A.to(v.dtype) @ v))
+            inputs.append(x + block.mlp(layer_norm(block.ln_2, x)))
+    return inputs, attention, (h, w)
+
+
+def last_inputs(clip, images, layers=8, size=None):
+    """-> what enters the last block x (B, 1 + N, width), attention (B, N, N): the mean of the last `layers` blocks, the last one included; grid (h, w)"""
+    inputs, attention, grid = run_blocks(clip, images, size)
+    return inputs[-1], torch.stack(attention[-layers:]).mean(0), grid
 
 
 def stored_inputs(folder, ids, make):
