@@ -1,8 +1,11 @@
-"""Scores maps, pseudo masks or any folder of masks against the true masks of a split.
+"""Scores maps, masks or a network against the true masks of a split; predicts with the network, for the VOC server or for your own photographs.
 
 Paper   mIoU of SemPLeS Tables 1-6 and VPL Tables 1-7
 Reads   --data (true masks)   <out>/cam/*.npy (--what cam)   <out>/pseudo/*.png (--what pseudo)   --pred DIR/*.png (--what masks)
-Writes  <out>/eval_<what>_<split>.json (of other maps eval_<--cam>_<split>.json): miou, iou by class, pixel_accuracy, protocol
+        <out>/seg.pt and pictures (--what seg)
+Writes  <out>/eval_<what>_<split>.json (of maps and pseudo masks in other folders eval_<folder>_<split>.json): miou, iou by class, pixel_accuracy, protocol
+        <out>/pred/<split>/<id>.png: palette predictions, with --save; of --images DIR <out>/pred/<DIR>/<name>.png and an overlay <name>.jpg
+        <out>/comp6_test.tgz: the VOC server's archive, with --voc-test
 
 mIoU comes from one confusion matrix over all pixels of the split, background counted, 255 in the truth left out, 255 in a
 prediction a miss; it is the mean over the classes that occur in the truth or the prediction, the others are listed.
@@ -10,27 +13,48 @@ Every score carries its protocol. The threshold is fixed beforehand; --oracle tr
 pass, and says so in the protocol: such a number uses pixel labels and is no weakly-supervised result.
 
     python eval.py --data data/toy --out runs/toy --split train --what cam --threshold 0.43
+    python eval.py --data /data/VOC2012 --out runs/voc --split val --what seg --save
+    python eval.py --data /data/VOC2012 --out runs/voc --what seg --voc-test
+    python eval.py --out runs/voc --what seg --images ~/photos
     python eval.py --data /data/VOC2012 --out runs/voc --split val --what masks --pred results/SegmentationClass
 """
+import argparse
+import tarfile
+from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image, ImageDraw
 
-from wsss import common, data, metrics
+from wsss import clip_model, common, crf, data, gradcam, metrics, segmenter
 
 ORACLE = torch.arange(1, 100).double() / 100                                # thresholds tried by --oracle
+FREE = ("split", "limit", "batch_size", "seed", "what", "save", "voc_test", "clip", "pred", "cam", "pseudo", "background", "threshold", "alpha", "oracle")
+VOC_TEST = 1456                                                             # pictures of VOC 2012's test set
 
 
 def parse():
-    p = common.parser(__doc__, split="train")
-    p.add_argument("--what", choices=["cam", "pseudo", "masks"], required=True, help="maps, pseudo masks, or the masks in --pred")
+    p = common.parser(__doc__, split="train", data=False)
+    p.add_argument("--what", choices=["cam", "pseudo", "masks", "seg"], required=True, help="maps, pseudo masks, the masks in --pred, or the network")
     p.add_argument("--pred", type=Path, help="folder of <id>.png label maps (--what masks)")
-    p.add_argument("--cam", default="cam", help="folder of maps in --out (--what cam)")
-    p.add_argument("--background", choices=["constant", "power"], default="constant",
+    g = p.add_argument_group("--what cam, pseudo")
+    g.add_argument("--cam", default="cam", help="folder of maps in --out")
+    g.add_argument("--pseudo", default="pseudo", help="folder of pseudo masks in --out")
+    g.add_argument("--background", choices=["constant", "power"], default="constant",
                    help="background score of a map: a constant, or (1 - max)^alpha as in CLIP-ES")
-    p.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO)")
-    p.add_argument("--alpha", type=float, default=1.0, help="exponent of --background power")
-    p.add_argument("--oracle", action="store_true", help="also the best threshold in hindsight: uses the truth, stamped in the protocol")
+    g.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO)")
+    g.add_argument("--alpha", type=float, default=1.0, help="exponent of --background power")
+    g.add_argument("--oracle", action="store_true", help="also the best threshold in hindsight: uses the truth, stamped in the protocol")
+    g = p.add_argument_group("--what seg")
+    g.add_argument("--scales", type=float, nargs="+", default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75], help="sizes of the picture to average probabilities over")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True, help="average with the mirrored picture")
+    g.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True, help="dense CRF on the probabilities, in --workers processes")
+    g.add_argument("--preset", choices=list(crf.PRESETS), default="deeplab", help="its parameters")
+    g.add_argument("--clip", help="CLIP of a clip_decoder, if it is not where it was in training")
+    g.add_argument("--save", action="store_true", help="keep the predictions; those that are there are not made again")
+    g.add_argument("--images", type=Path, help="folder of your own pictures to predict: no --data, no truth")
+    g.add_argument("--voc-test", action="store_true", help="predict VOC's test split and write the server's archive (comp6), checked")
     args = p.parse_args()
     if (args.what == "masks") != (args.pred is not None):
         p.error("--pred DIR goes with --what masks, and only with it")
@@ -38,8 +62,21 @@ def parse():
         p.error("--threshold is between 0 and 1, --alpha above 0")
     if args.oracle and args.what != "cam":
         p.error("--oracle sweeps the threshold of maps: it goes with --what cam")
+    if args.what != "seg" and (args.save or args.images or args.voc_test):
+        p.error("--save, --images and --voc-test go with --what seg")
+    if args.images and args.voc_test:
+        p.error("--images and --voc-test are two runs")
+    if not args.images and args.data is None:
+        p.error("the following arguments are required: --data")
+    if min(args.scales) <= 0:
+        p.error("--scales are above 0")
+    if args.voc_test:
+        args.split = "test"
+    args.save = args.save or args.voc_test or args.images is not None
     return args
 
+
+# ---------------------------------------------------------------- maps and masks
 
 def foreground(cam, classes, size):
     """Maps (P, h, w) -> at the size of the truth: the label 1..C each pixel takes if it is foreground, and its score."""
@@ -71,7 +108,7 @@ def score_maps(args, folder, ids, labels, env):
     total = torch.zeros(len(thresholds), count, count + 1, dtype=torch.int64)
     for n in env.progress(env.shard(range(len(ids))), f"eval {args.what}"):
         truth = torch.from_numpy(folder.truth(ids[n]))
-        classes, cam = data.load_cam(args.out / args.cam / f"{ids[n]}.npy", labels[n])
+        classes, cam = data.load_cam(args.out / args.cam / f"{ids[n]}.npy", labels[n], truth.shape)
         label, score = foreground(cam, classes, truth.shape)
         total[:, :, :count] += metrics.sweep(truth, label, score.double(), thresholds, count)
     return total[order.argsort()]
@@ -79,7 +116,7 @@ def score_maps(args, folder, ids, labels, env):
 
 def score_masks(args, folder, ids, env):
     """Confusion matrix (1, C, C + 1) of <id>.png files."""
-    where = args.pred if args.what == "masks" else args.out / "pseudo"
+    where = args.pred if args.what == "masks" else args.out / args.pseudo
     missing = [i for i in ids if not (where / f"{i}.png").exists()]
     if missing:
         raise FileNotFoundError(f"{where / missing[0]}.png is missing, and {len(missing) - 1} more of {len(ids)}: "
@@ -95,9 +132,130 @@ def score_masks(args, folder, ids, env):
     return total
 
 
+# ---------------------------------------------------------------- a network
+
+class Photos:
+    """A folder of somebody's own pictures, by file name without ending; as much of data.Folder as prediction needs."""
+
+    def __init__(self, root):
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is no folder: --images is a folder of pictures")
+        self.paths = {}
+        for path in sorted(path for path in root.iterdir() if path.suffix in data.PICTURES):
+            if path.stem in self.paths:
+                raise ValueError(f"{path} and {self.paths[path.stem].name} would both be written to {path.stem}.png: rename one")
+            self.paths[path.stem] = path
+        if not self.paths:
+            raise FileNotFoundError(f"{root} holds no picture ({', '.join(data.PICTURES[:3])})")
+
+    def picture(self, id):
+        return self.paths[id]
+
+    def image(self, id):
+        return data.to_float(data.load_image(self.paths[id]))
+
+
+def finish(id, image, probability, args, classes, where, device="cpu"):
+    """Picture (H, W, 3) uint8 and its probabilities (1 + C, H, W) -> (id, label map); written if asked."""
+    if args.crf:
+        probability = crf.dense_crf(image, probability, args.preset, device=device)
+    mask = np.uint8(np.asarray(probability).argmax(0))
+    if args.images:
+        with data.atomic(where / f"{id}.jpg") as beside:
+            overlay(image, mask, classes).save(beside, format="JPEG", quality=92)
+    if args.save:                                                           # last: it marks the picture as finished
+        data.save_mask(where / f"{id}.png", mask)
+    return id, mask
+
+
+def overlay(image, mask, classes):
+    """The picture under the colours of its prediction, outlined, with the names of the classes below."""
+    colour = data.palette()[mask]                                           # (H, W, 3)
+    edge = np.zeros(mask.shape, bool)
+    edge[1:], edge[:, 1:] = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
+    shown = np.where(edge[..., None], 255, np.where(mask[..., None] > 0, 0.45 * image + 0.55 * colour, image))
+    found = [k for k in np.unique(mask) if k > 0]
+    canvas = Image.new("RGB", (image.shape[1], image.shape[0] + 16 * max(1, len(found))), "white")
+    canvas.paste(Image.fromarray(np.uint8(shown)))
+    draw = ImageDraw.Draw(canvas)
+    for row, k in enumerate(found):
+        top = image.shape[0] + 16 * row
+        draw.rectangle((3, top + 3, 13, top + 13), fill=tuple(data.palette()[k].tolist()))
+        draw.text((18, top + 2), f"{classes[k - 1]}  {100 * (mask == k).mean():.0f} %", fill="black")
+    return canvas
+
+
+def load_network(args, env):
+    """<out>/seg.pt on its device; VPL's decoder with the frozen CLIP it was trained on."""
+    path = args.out / "seg.pt"
+    before = common.load(path, "seg")["args"]
+    if before["model"] != "clip_decoder":
+        return segmenter.load_segmenter(path).to(env.device)
+    name = args.clip or before["clip"]
+    if common.inputs(clip=name)["clip"] != before["inputs"]["clip"]:
+        raise ValueError(f"{path} was trained on another CLIP than {name}: give its file with --clip")
+    clip = env.in_turn(lambda: clip_model.load_clip(name, env.device))
+    return segmenter.load_segmenter(path, lambda images: gradcam.block_outputs(clip, images)).to(env.device)
+
+
+def predict(args, folder, ids, classes, env, where):
+    """Yields (id, label map) of this process's pictures, in any order. With --save, what is in `where` is taken, the rest written there."""
+    mine = env.shard(ids)
+    done = [id for id in mine if args.save and (where / f"{id}.png").exists()]
+    todo = [id for id in mine if id not in set(done)]
+    model = load_network(args, env)
+    loader = data.by_size(folder, todo, args.batch_size, env, 0 if args.crf else args.workers)
+
+    def tasks():
+        for numbers, images in loader:
+            with env.autocast():
+                probabilities = segmenter.predict(model, images.to(env.device, non_blocking=True), args.scales, args.flip).cpu().numpy()
+            for i, image, probability in zip(numbers, images, probabilities):
+                yield todo[i], np.uint8((255 * image).round().permute(1, 2, 0)), probability, args, classes, where, env.device
+
+    busy = args.workers if args.crf and env.device.type == "cpu" else 0     # the CRF is what takes time; a GPU does it faster itself
+    made = common.pooled(finish, tasks(), busy, where)
+    kept = ((id, data.load_mask(where / f"{id}.png", len(classes))) for id in done)
+    yield from env.progress(chain(kept, made), "predictions", len(mine))
+
+
+def score_network(args, folder, ids, classes, env):
+    """Confusion matrix (1, C, C + 1) of the network's predictions, zeros where there is no truth to score with. Says what was predicted."""
+    where = args.out / "pred" / (args.images.resolve().name if args.images else args.split)
+    if args.save:
+        common.open_folder(where, args, env, FREE, classes=classes)
+    count = len(classes) + 1
+    total, pixels = torch.zeros(1, count, count + 1, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
+    for id, mask in predict(args, folder, ids, classes, env, where):
+        pixels += torch.from_numpy(np.bincount(mask.ravel(), minlength=256))
+        if not (args.images or args.voc_test):
+            metrics.add(total[0], metrics.confusion(folder.truth(id), mask, count))
+    pixels = env.sum(pixels).cpu()
+    if env.main:
+        never = [name for name, n in zip(classes, pixels[1:].tolist()) if n == 0]
+        print(f"{len(ids)} predictions{f' in {where}' if args.save else ''}: {100 * (1 - pixels[0] / pixels.sum()):.1f} % foreground; never predicted: {', '.join(never) or 'no class'}")
+    return total
+
+
+def archive(args, folder, ids):
+    """The VOC server's archive of the saved predictions, as comp6: CLIP and ImageNet are outside data. Every file is checked first."""
+    where, path = args.out / "pred" / "test", args.out / "comp6_test.tgz"
+    with data.atomic(path) as beside, tarfile.open(beside, "w:gz") as tar:
+        for id in ids:
+            file = where / f"{id}.png"
+            mask, size = data.load_mask(file, len(folder.classes)), data.picture_size(folder.picture(id))
+            with Image.open(file) as image:
+                if image.mode != "P" or mask.shape != size or (mask == data.IGNORE).any():
+                    raise ValueError(f"{file} is no palette mask of {size[1]}x{size[0]} without 255: remove it and run this command again")
+            tar.add(file, f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png")
+    return path
+
+
+# ---------------------------------------------------------------- the score
+
 def subject(args):
-    """The name of what is scored, in file names: the folder of the maps, or pseudo, masks."""
-    return args.cam if args.what == "cam" else args.what
+    """The name of what is scored, in file names: the folder of maps or of pseudo masks, or masks, seg."""
+    return {"cam": args.cam, "pseudo": args.pseudo}.get(args.what, args.what)
 
 
 def protocol(args, ids, classes):
@@ -106,8 +264,12 @@ def protocol(args, ids, classes):
              "pred": args.pred and str(args.pred), "oracle": False, "mean_over": "classes in truth or prediction, background included"}
     if args.what == "cam":
         facts |= {"background": args.background, "value": args.threshold if args.background == "constant" else args.alpha}
+    if args.what == "seg":
+        content = common.load(args.out / "seg.pt", "seg", classes)
+        facts |= {"scales": args.scales, "flip": args.flip, "crf": args.preset if args.crf else None, "weights": common.fingerprint(args.out / "seg.pt"),
+                  "made_by": content["args"]}                               # network, its start, its masks, its schedule
     made_by = args.out / f"{subject(args)}.json"                            # cam.json, pseudo.json: source, scales, CRF
-    if args.what != "masks":
+    if args.what in ("cam", "pseudo"):
         facts["made_by"] = common.read_json(made_by) if made_by.exists() else None
         trained = (facts["made_by"] or {}).get("classes", classes)
         if trained != classes:
@@ -130,6 +292,8 @@ def show(found):
     for name, value in found["iou"].items():
         print(f"  {name:<{width}}  " + ("   -   in neither truth nor prediction: not scored" if value is None else f"{100 * value:5.1f}"))
     rule = f", background {facts['background']} {facts['value']:g}" if facts["what"] == "cam" else ""
+    if facts["what"] == "seg":
+        rule = f", scales {' '.join(map(str, facts['scales']))}{' and flips' if facts['flip'] else ''}, {'CRF ' + facts['crf'] if facts['crf'] else 'no CRF'}"
     print(f"  {'mIoU':<{width}}  {100 * found['miou']:5.1f}   pixel accuracy {100 * found['pixel_accuracy']:.1f}   "
           f"({facts['what']}, {facts['split']} of {facts['data']}, {facts['pictures']} pictures{rule})")
     if "oracle_best" in found:
@@ -140,17 +304,30 @@ def show(found):
 def main():
     args = parse()
     env = common.Env(args)
-    folder = data.Folder(args.data)
-    ids = folder.ids(args.split, args.limit)
-    names = ["background", *folder.classes]
-    facts = protocol(args, ids, folder.classes)
+    folder = Photos(args.images) if args.images else data.Folder(args.data)
+    ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
+    if args.voc_test and (folder.classes != data.VOC_CLASSES or len(ids) != VOC_TEST):
+        raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} pictures in its split test, VOC 2012 has 20 and {VOC_TEST:,}")
+    if args.what == "seg":
+        args.inputs = common.inputs(network=args.out / "seg.pt")
+        classes = common.load(args.out / "seg.pt", "seg", None if args.images else folder.classes)["classes"]
+    else:
+        classes = folder.classes
+    if args.images or args.voc_test:
+        score_network(args, folder, ids, classes, env)
+        env.barrier()
+        return env.close(f"{archive(args, folder, ids)}: to be sent to the VOC server as comp6" if args.voc_test and env.main else None)
+
+    facts = protocol(args, ids, classes)
     if args.what == "cam":
         total = score_maps(args, folder, ids, folder.labels(ids), env)
+    elif args.what == "seg":
+        total = score_network(args, folder, ids, classes, env)
     else:
         total = score_masks(args, folder, ids, env)
     total = env.sum(total).cpu()
     if env.main:
-        found = result(total[0], names, facts)
+        found = result(total[0], ["background", *classes], facts)
         if args.oracle:
             scores = [metrics.iou(m).nanmean().item() for m in total[1:]]
             best = max(range(len(scores)), key=scores.__getitem__)

@@ -16,10 +16,16 @@ MATCH="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epoc
 PROMPT="--crop 96 --min-scale 1 --batch-size 64 --epochs 30 --lr 0.025 --lambda-t 0.02 --views 2"
 REFINE="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3 --lambda-b 0.75 --lambda-refine 0.2"
 THRESHOLD="--threshold 0.4"
+MASKS="--preset deeplab"
+SEG="--model deeplab_toy --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8 --iterations 240 --lr 1e-4"
+PREDICT="--scales 1 --batch-size 32 --no-crf"
+LOCALISE="--no-affinity --prompt single --tau-t 0.0665"
+PROTOTYPES="--tau-i 0.1995 --no-label-mask --no-background-pixels --features value --steps 300"
+DECODER="--model clip_decoder --optimizer adamw --lr 3e-3 --width 128 --crop 96 --min-scale 1 --max-scale 1 --batch-size 16 --iterations 240"
 
 if [ -n "${LOOK:-}" ]; then
     PICTURES="--train 24 --val 8"
-    CLS="$CLS --epochs 1" MATCH="$MATCH --epochs 1" PROMPT="$PROMPT --epochs 1" REFINE="$REFINE --epochs 1"
+    CLS="$CLS --epochs 1" MATCH="$MATCH --epochs 1" PROMPT="$PROMPT --epochs 1" REFINE="$REFINE --epochs 1" SEG="$SEG --iterations 4" DECODER="$DECODER --iterations 4"
 fi
 
 stage() { echo "== $*"; "$PYTHON" "$@"; }
@@ -36,4 +42,24 @@ for source in cls match refine; do
     stage make_cam.py $shared --source $source --cam cam_$source
     stage eval.py $shared --what cam --cam cam_$source $THRESHOLD
 done
-echo "== look at $OUT/sheets/*.png (maps), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"
+
+stage make_pseudo.py $shared --cam cam_refine $THRESHOLD $MASKS
+stage eval.py $shared --what pseudo
+stage train_seg.py $shared $SEG --init "$DATA/backbone.pt"
+stage eval.py $shared --split val --what seg $PREDICT --save
+
+# VPL, in a folder of its own: its network is another seg.pt. Text maps at both temperatures: a softer softmax alone changes maps.
+shared="--data $DATA --out $OUT/vpl --seed $SEED $SHARED"
+stage vpl.py $shared $clip $LOCALISE $PROTOTYPES
+stage make_cam.py $shared $clip $LOCALISE --source text --cam cam_text
+stage make_cam.py $shared $clip $LOCALISE --source text --cam cam_text_soft --tau-t 0.1995
+stage make_cam.py $shared $clip $LOCALISE --source vision --cam cam_vision
+for source in text text_soft vision; do
+    stage eval.py $shared --what cam --cam cam_$source $THRESHOLD
+done
+stage make_pseudo.py $shared --cam cam_vision --background power $MASKS
+stage eval.py $shared --what pseudo
+stage train_seg.py $shared $clip $DECODER
+stage eval.py $shared --split val --what seg $PREDICT --save
+
+echo "== look at $OUT/sheets/*.png and $OUT/vpl/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"

@@ -31,7 +31,9 @@ def parse():
     p = common.parser(__doc__, batch_size=16)
     common.localising(p)
     p.add_argument("--tau-i", type=float, default=0.03, help="temperature of the softmax over vision prototypes (Table 5); larger than --tau-t")
-    p.add_argument("--phi", type=float, default=0.4, help="least map value of a marked pixel (Table 6); up to 0.5 every pixel is a class's or background")
+    p.add_argument("--phi", type=float, default=0.4, help="least map value of a marked pixel (Table 6); up to 0.5 it matters only with --no-background-pixels: each pixel is marked as one or the other")
+    p.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
+                   help="mark background pixels too; --no-background-pixels: only the seeds of classes")
     p.add_argument("--features", choices=["patch", "value"], default="patch",
                    help="x: a patch's output, or its own value in the last block as MaskCLIP reads CLIP")
     p.add_argument("--pool", choices=["pixel", "region"], default="pixel", help="x of every marked pixel, or their mean over each class of a picture")
@@ -39,7 +41,7 @@ def parse():
                    help="P' by the texts (Eq. 7), or by the maps (Eq. 3): 1 for the marked class; background pixels share theirs among the backgrounds")
     p.add_argument("--label-mask", action=argparse.BooleanOptionalAction, default=True, help="leave the classes that a picture does not hold out of its P'")
     p.add_argument("--learn-background", action=argparse.BooleanOptionalAction, default=True,
-                   help="learn the backgrounds' prototypes too, from background pixels")
+                   help="learn the backgrounds' prototypes too; --no-learn-background leaves them at their texts and drops background pixels")
     # Differs from the paper: it sets no bound. VOC's train_aug has about 7 million patches of 16 pixels, COCO's train about 90.
     p.add_argument("--max-pixels", type=common.natural, default=4_000_000,
                    help="bound on marked pixels, 2 D bytes each: every picture keeps at most its share, drawn by chance; 0: all")
@@ -74,7 +76,7 @@ def mark(clip, x, attention, grid, labels, texts, args):
     scores = maps.new_zeros(*labels.shape, *grid)                                       # (B, C, h, w); 0 where a class is absent
     scores[b, k] = maps
     best, marked = scores.flatten(2).max(1)                                             # (B, N) each
-    background = (1 - best >= args.phi) & args.learn_background
+    background = (1 - best >= args.phi) & (args.learn_background and args.background_pixels)
     return torch.where(best >= args.phi, marked, torch.where(background, labels.shape[1], -1))
 
 

@@ -164,6 +164,30 @@ def table(pairs, names):
     return "\n".join(lines)
 
 
+def run_jobs(script, args, waiting):
+    """The pairs `waiting`, each in a process of its own (--only), --jobs at a time."""
+    running = []
+    while waiting or running:
+        while waiting and len(running) < args.jobs:
+            n = waiting.pop(0)
+            log = open(args.out / f"pair_{n}.log", "w")
+            running.append(subprocess.Popen([sys.executable, "-W", "ignore", script, *sys.argv[1:], "--only", str(n)], stdout=log, stderr=log))
+        if running[0].wait() != 0:
+            [process.kill() for process in running[1:]]
+            sys.exit(f"a pair failed: see {args.out}/pair_*.log")
+        running.pop(0)
+
+
+def write(mark, text):
+    """Puts a table between its marks in docs/results.md."""
+    page = ROOT / "docs/results.md"
+    start, end = f"<!-- {mark} -->", "<!-- end -->"
+    before, found, rest = page.read_text().partition(start)
+    if not found:
+        sys.exit(f"{page} has no line {start}")
+    page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs/ablation")
@@ -178,24 +202,12 @@ def main():
     if args.only is not None:
         return run_pair(args.only, args)
     rows = ["cls", "match", *(row for row in args.rows if row not in ("cls", "match"))]
-    waiting, running = [n for n in range(args.pairs) if missing(args.out / f"pair_{n}.json", rows, args.first_draw + n)], []
-    while waiting or running:
-        while waiting and len(running) < args.jobs:
-            n = waiting.pop(0)
-            log = open(args.out / f"pair_{n}.log", "w")
-            running.append(subprocess.Popen([sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--only", str(n)], stdout=log, stderr=log))
-        if running[0].wait() != 0:
-            [process.kill() for process in running[1:]]
-            sys.exit(f"a pair failed: see {args.out}/pair_*.log")
-        running.pop(0)
+    run_jobs(__file__, args, [n for n in range(args.pairs) if missing(args.out / f"pair_{n}.json", rows, args.first_draw + n)])
     pairs = [json.loads((args.out / f"pair_{n}.json").read_text()) for n in range(args.pairs)]
     text = table(pairs, rows)
     print(text)
     if args.write:
-        page = ROOT / "docs/results.md"
-        start, end = "<!-- bench/ablation.py -->", "<!-- end -->"
-        before, _, rest = page.read_text().partition(start)
-        page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+        write("bench/ablation.py", text)
 
 
 if __name__ == "__main__":

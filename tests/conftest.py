@@ -2,6 +2,7 @@
 import contextlib
 import importlib
 import io
+import json
 import os
 import subprocess
 import sys
@@ -57,6 +58,23 @@ def run(script, *flags, processes=1, check=True, timeout=120, env=None, **kwargs
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+DRIVER = """
+import sys, json, importlib
+import torch.distributed as dist
+dist.destroy_process_group = lambda: None                 # one start, and one process group, for all stages
+for script, *flags in json.load(open(sys.argv[1])):
+    sys.argv = [script, *flags]
+    importlib.import_module(script[:-3]).main()
+"""
+
+
+def run_together(jobs, folder, processes=2):
+    """Several stages, each (script, *flags), one after the other in the same processes under torchrun."""
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "jobs.json").write_text(json.dumps([list(map(str, job)) for job in jobs]))
+    return run(folder / "driver.py", folder / "jobs.json", processes=processes)
 
 
 def call(script, *flags):

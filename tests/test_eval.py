@@ -1,12 +1,14 @@
 """eval.py as a command: hand-worked scores, one process against two, every bad input in one line."""
 import json
+import tarfile
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, LABELS, call, refused, run
+from conftest import CLASSES, LABELS, call, make_folder, refused, run
+from PIL import Image
 
-from wsss import data
+from wsss import common, crf, data, segmenter
 
 
 def perfect_maps(folder, out, noise=0.0):
@@ -171,3 +173,133 @@ def test_bad_masks_are_one_line(voc, tmp_path):
     refused(call("eval.py", *flags[:3], tmp_path / "file", *flags[4:]), "file: File exists")
     assert call("eval.py", *flags[:-4], "--what", "cam", "--threshold", "43").returncode == 2
     assert call("eval.py", *flags[:-2]).returncode == 2                          # --pred is missing: argparse says so
+
+
+# ---------------------------------------------------------------- a network
+
+def put_network(out, classes=CLASSES, sharp=30.0):
+    """A random deeplab_toy as seg.pt, sharpened so that its predictions differ from place to place."""
+    torch.manual_seed(0)
+    model = segmenter.build_segmenter("deeplab_toy", len(classes))
+    for branch in model.aspp:
+        branch.weight.data *= sharp
+    out.mkdir(exist_ok=True)
+    common.save(out / "seg.pt", model=model.state_dict(), stage="seg", classes=list(classes), args={"model": "deeplab_toy", "init": "none", "label_dir": "x"})
+    return model.eval()
+
+
+def test_network_is_scored_on_its_mean_probability(voc, tmp_path):
+    """Two scales and flips, written out; --save keeps palette predictions, and a second call takes them."""
+    folder, out = data.Folder(voc), tmp_path / "out"
+    model = put_network(out)
+    flags = ("--data", voc, "--out", out, "--split", "train", "--what", "seg", "--scales", "1", "0.75", "--no-crf", "--device", "cpu", "--amp", "off", "--workers", "0")
+    done = call("eval.py", *flags, "--save", "--batch-size", "2")
+    assert done.returncode == 0, done.stderr
+
+    @torch.no_grad()
+    def predict(id):
+        x, total = folder.image(id)[None], 0
+        for scale in (1, 0.75):
+            size = [round(n * scale) for n in x.shape[-2:]]
+            scaled = torch.nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
+            for flip in (False, True):
+                p = model(scaled.flip(-1) if flip else scaled).softmax(1)
+                p = torch.nn.functional.interpolate(p, x.shape[-2:], mode="bilinear", align_corners=False)
+                total = total + (p.flip(-1) if flip else p)
+        return total[0].argmax(0).numpy()
+
+    found = scores(out, "seg")
+    saved = {path.stem: data.load_mask(path) for path in (out / "pred/train").glob("*.png")}
+    assert len(saved) == 5 and all(np.array_equal(saved[id], predict(id)) for id in LABELS) and len(np.unique(np.concatenate([m.ravel() for m in saved.values()]))) > 2
+    assert list(found["iou"].values()) == pytest.approx(loop(folder, folder.ids("train"), predict).tolist())
+    assert found["protocol"]["scales"] == [1, 0.75] and found["protocol"]["flip"] and found["protocol"]["crf"] is None and found["protocol"]["made_by"]["model"] == "deeplab_toy"
+    kept = (out / "pred/train/a_1.png").stat().st_mtime_ns
+    data.save_mask(out / "pred/train/a_2.png", folder.truth("a_2"))
+    call("eval.py", *flags, "--save")
+    assert (out / "pred/train/a_1.png").stat().st_mtime_ns == kept and scores(out, "seg")["miou"] != found["miou"]
+    refused(call("eval.py", *flags, "--save", "--no-flip"), "pred/train was made with --flip True (now False)")
+    put_network(out, sharp=29.0)
+    refused(call("eval.py", *flags, "--save"), "made from another network file")
+
+
+def test_network_with_crf_in_any_number_of_processes(voc, tmp_path):
+    folder, out = data.Folder(voc), tmp_path / "out"
+    model = put_network(out)
+    flags = ("--data", voc, "--out", out, "--split", "train", "--what", "seg", "--scales", "1", "--no-flip", "--device", "cpu", "--amp", "off")
+    call("eval.py", *flags, "--workers", "0")
+    one = scores(out, "seg")
+    want = {}
+    for id in LABELS:
+        with torch.no_grad():
+            p = model(folder.image(id)[None]).softmax(1)[0]
+        want[id] = crf.dense_crf(np.array(data.load_image(folder.picture(id))), p, "deeplab").argmax(0)
+    assert list(one["iou"].values()) == pytest.approx(loop(folder, folder.ids("train"), want.get).tolist()) and one["protocol"]["crf"] == "deeplab"
+    run("eval.py", *flags, "--workers", "1", processes=2)
+    assert scores(out, "seg") == one
+
+
+def test_windows_are_the_whole_picture_when_it_fits(voc, tmp_path):
+    model, images = put_network(tmp_path / "out"), torch.rand(2, 3, 30, 40)
+    with torch.no_grad():
+        whole = segmenter.predict(model, images, [1.0], flip=False)
+        model.window = (40, 20)
+        assert torch.equal(segmenter.predict(model, images, [1.0], flip=False), whole)
+        model.window = (24, 10)
+        logits, count = torch.zeros(2, 4, 30, 40), torch.zeros(30, 40)
+        for y in (0, 6):                                                        # steps of at most 10; the last window ends at the edge
+            for x in (0, 10, 16):
+                logits[..., y:y + 24, x:x + 24] += model(images[..., y:y + 24, x:x + 24])
+                count[y:y + 24, x:x + 24] += 1
+        assert torch.allclose(segmenter.predict(model, images, [1.0], flip=False), (logits / count).softmax(1), atol=1e-6)
+
+
+def test_a_folder_of_photographs(voc, tmp_path):
+    out, photos = tmp_path / "out", tmp_path / "mine"
+    put_network(out)
+    photos.mkdir()
+    for n, size in enumerate([(50, 30), (30, 50)]):
+        Image.fromarray(np.random.default_rng(n).integers(0, 256, (*size, 3), dtype=np.uint8)).save(photos / f"p{n}.jpg")
+    (photos / "notes.txt").write_text("no picture")
+    flags = ("--out", out, "--what", "seg", "--images", photos, "--device", "cpu", "--amp", "off", "--workers", "0")
+    done = call("eval.py", *flags)
+    assert done.returncode == 0 and "2 predictions in" in done.stdout and "foreground" in done.stdout, done.stderr
+    assert sorted(path.name for path in (out / "pred/mine").iterdir()) == ["p0.jpg", "p0.png", "p1.jpg", "p1.png", "recipe.json"]
+    assert data.load_mask(out / "pred/mine/p1.png", 3).shape == (30, 50)
+    with Image.open(out / "pred/mine/p1.jpg") as overlay:
+        assert overlay.size[0] == 50 and overlay.size[1] > 30                   # the legend is below
+    Image.new("RGB", (9, 9)).save(photos / "p1.png")
+    refused(call("eval.py", *flags), "p1.png", "p1.jpg", "rename one")
+    refused(call("eval.py", *flags[:5], tmp_path / "none", *flags[6:]), "none is no folder")
+    assert call("eval.py", "--out", out, "--what", "seg").returncode == 2       # --data is missing
+
+
+def test_the_server_archive(tmp_path, monkeypatch):
+    import eval as script
+    monkeypatch.setattr(script, "VOC_TEST", 3)
+    labels = {"t_1": [0], "t_2": [1], "t_3": []}
+    voc, out = make_folder(tmp_path / "data", labels), tmp_path / "out"
+    (voc / "classes.txt").unlink()                                              # VOC's twenty
+    (voc / "ImageSets/Segmentation/test.txt").write_text("t_1\nt_2\nt_3\n")
+    put_network(out, data.VOC_CLASSES)
+    flags = ("--data", voc, "--out", out, "--what", "seg", "--voc-test", "--scales", "1", "--no-crf", "--device", "cpu", "--amp", "off", "--workers", "0")
+    done = call("eval.py", *flags)
+    assert done.returncode == 0 and "comp6_test.tgz" in done.stdout, done.stderr
+    with tarfile.open(out / "comp6_test.tgz") as tar:
+        assert tar.getnames() == [f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png" for id in labels]
+        with Image.open(tar.extractfile(tar.getnames()[1])) as image:
+            assert image.mode == "P" and image.size == (40, 34) and np.array_equal(np.array(image), data.load_mask(out / "pred/test/t_2.png"))
+    (out / "comp6_test.tgz").unlink()
+    for wrong in (np.zeros((9, 9)), np.full((34, 40), 255)):
+        data.save_mask(out / "pred/test/t_2.png", wrong)
+        refused(call("eval.py", *flags), "t_2.png is no palette mask of 40x34 without 255")
+    assert not (out / "comp6_test.tgz").exists()
+    monkeypatch.setattr(script, "VOC_TEST", 1456)
+    refused(call("eval.py", *flags), "3 pictures in its split test", "1,456")
+
+
+def test_a_network_of_other_classes_is_refused(voc, tmp_path):
+    put_network(tmp_path / "out", ["cow", "boat", "train"])
+    flags = ("--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "seg", "--device", "cpu")
+    refused(call("eval.py", *flags), "seg.pt was trained on other classes")
+    (tmp_path / "out/seg.pt").unlink()
+    refused(call("eval.py", *flags), "seg.pt is missing: run train_seg.py")

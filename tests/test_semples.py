@@ -1,11 +1,10 @@
 """The SemPLeS stages as commands on a tiny world: what trains and what rests, resumed against uninterrupted, two processes against one."""
 import json
-import textwrap
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, LABELS, call, make_folder, refused, run
+from conftest import CLASSES, LABELS, call, make_folder, refused, run_together
 
 from wsss import clip_model, common, data, generator, losses
 
@@ -254,25 +253,13 @@ def test_other_inputs_are_another_recipe(world, tmp_path, tiny_clip):
 
 # ---------------------------------------------------------------- two processes
 
-DRIVER = """
-    import sys, json, importlib
-    import torch.distributed as dist
-    dist.destroy_process_group = lambda: None                 # one start, and one process group, for all stages
-    for script, flags in json.load(open(sys.argv[1])):
-        sys.argv = [script, *flags]
-        importlib.import_module(script[:-3]).main()
-"""
-
-
 def test_two_processes_are_one(world, tmp_path):
     """Five pictures with 0 to 2 classes in batches of 2: the two ranks hold unequal numbers of pairs, one often none."""
     out = copy_inputs(world, tmp_path / "out", "match")
-    jobs = [("train_cls.py", [str(f) for f in flags("train_cls.py", world, tmp_path / "first")])]
-    jobs += [(script, [str(f) for f in flags(script, world, out)]) for script in LATER]
-    jobs.append(("make_cam.py", ["--data", str(world / "data"), "--out", str(out), *SHARED]))
-    (tmp_path / "driver.py").write_text(textwrap.dedent(DRIVER))
-    (tmp_path / "jobs.json").write_text(json.dumps(jobs))
-    run(tmp_path / "driver.py", tmp_path / "jobs.json", processes=2)
+    jobs = [("train_cls.py", *flags("train_cls.py", world, tmp_path / "first"))]
+    jobs += [(script, *flags(script, world, out)) for script in LATER]
+    jobs.append(("make_cam.py", "--data", world / "data", "--out", out, *SHARED))
+    run_together(jobs, tmp_path)
     for stage in STAGES.values():
         name = f"{'first' if stage == 'cls' else 'out'}/{stage}"
         assert same(weights(tmp_path / f"{name}.pt"), weights(world / f"{name}.pt"), 1e-5), stage

@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, LABELS, call, make_folder, refused, run
+from conftest import CLASSES, LABELS, call, make_folder, refused, run_together
 
-from wsss import clip_model, common, data, gradcam, losses
+import train_seg
+from wsss import clip_model, common, data, gradcam, losses, segmenter
 
 C, GROUNDS = 3, ["rails", "water", "grass", "sky"]
 
@@ -31,6 +32,18 @@ def vpl(world, out, *more):
     done = call("vpl.py", *flags(world, out, *more))
     assert done.returncode == 0, done.stderr
     return torch.load(out / "prototypes.pt", weights_only=True)
+
+
+def cam_flags(world, out, *more):
+    return ["--data", world / "data", "--out", out, "--clip", world / "clip.pt", "--split", "train", "--device", "cpu", "--amp", "off",
+            "--workers", "0", "--sheets", "0", "--tau-t", "0.02", *more]
+
+
+def decoder_flags(world, out, *more):
+    """Phase 2 on the true masks."""
+    return ["--data", world / "data", "--out", out, "--clip", world / "clip.pt", "--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0",
+            "--model", "clip_decoder", "--label-dir", world / "data/SegmentationClass", "--width", "16", "--crop", "32", "--batch-size", "3", "--iterations", "4",
+            "--lr", "0.05", "--log-every", "1", *more]
 
 
 def rows(out):
@@ -94,7 +107,7 @@ def test_stored_are_the_features_of_marked_pixels(world, tmp_path):
     assert (features(world / "out")["a_3"][1] == C).all()
 
 
-@pytest.mark.parametrize("more", [[], ["--target", "hard"], ["--no-label-mask"], ["--no-learn-background"]], ids=" ".join)
+@pytest.mark.parametrize("more", [[], ["--target", "hard"], ["--no-label-mask"], ["--no-learn-background"], ["--no-background-pixels"]], ids=" ".join)
 def test_prototypes_are_descent_from_the_texts_on_the_stored_pixels(world, tmp_path, more):
     """P' written as a loop over pixels; columns that are not learned get no gradient."""
     made = vpl(world, tmp_path / "out", *more)
@@ -108,7 +121,7 @@ def test_prototypes_are_descent_from_the_texts_on_the_stored_pixels(world, tmp_p
                 columns = range(7)
             e = [(pixel @ Z[n] / 0.02).exp() if n in columns else torch.tensor(0.) for n in range(7)]
             p_text.append(torch.stack([v / sum(e) for v in e])), all_x.append(pixel)
-            assert k < C or "--no-learn-background" not in more
+            assert k < C or not {"--no-learn-background", "--no-background-pixels"} & {*more}
     all_x, p_text, W, lr, norm = torch.stack(all_x), torch.stack(p_text).double(), Z, 0.1, torch.inf
     learned = C if "--no-learn-background" in more else 7
     for _ in range(20):
@@ -161,13 +174,24 @@ def test_batches_do_not_matter(world, tmp_path):
 
 
 def test_two_processes_are_one(world, tmp_path):
-    run("vpl.py", *flags(world, tmp_path, "--max-pixels", "50"), processes=2)
-    one = vpl(world, tmp_path / "one", "--max-pixels", "50")
-    two = torch.load(tmp_path / "prototypes.pt", weights_only=True)
-    torch.testing.assert_close(two["model"]["prototypes"], one["model"]["prototypes"], rtol=0, atol=1e-5)
-    assert two["pixels"] == one["pixels"] and two["gap"] == pytest.approx(one["gap"], abs=1e-6)
-    for a, b in zip(rows(tmp_path), rows(tmp_path / "one")):
-        assert a == pytest.approx(b, rel=1e-4)
+    """vpl.py, make_cam.py and the decoder, whose contrast is over the whole batch."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    jobs = lambda out: [("vpl.py", *flags(world, out, "--max-pixels", "50")), ("make_cam.py", *cam_flags(world, out, "--source", "vision")),
+                        ("train_seg.py", *decoder_flags(world, out))]
+    run_together(jobs(two), tmp_path)
+    for job in jobs(one):
+        assert call(*job).returncode == 0
+    a, b = (torch.load(out / "prototypes.pt", weights_only=True) for out in (one, two))
+    torch.testing.assert_close(a["model"]["prototypes"], b["model"]["prototypes"], rtol=0, atol=1e-5)
+    assert a["pixels"] == b["pixels"] and a["gap"] == pytest.approx(b["gap"], abs=1e-6)
+    for row, other in zip(rows(one), rows(two)):
+        assert row == pytest.approx(other, rel=1e-4)
+    for id in LABELS:
+        assert np.abs(np.load(one / f"cam/{id}.npy").astype(float) - np.load(two / f"cam/{id}.npy")).max(initial=0) < 5e-3
+    a, b = (torch.load(out / "seg.pt", weights_only=True)["model"] for out in (one, two))
+    assert all(torch.allclose(a[name], b[name], atol=1e-4) for name in a)
+    logs = [[json.loads(line) for line in (out / "seg.jsonl").read_text().splitlines()[1:]] for out in (one, two)]
+    assert len(logs[0]) == 4 and all(x[k] == pytest.approx(y[k], abs=1e-4) for x, y in zip(*logs) for k in ("loss", "ce", "rsc", "accuracy"))
 
 
 def test_max_pixels_bounds_every_picture_and_draws_the_same(world, tmp_path):
@@ -259,8 +283,7 @@ def test_torn_features_are_named(world, tmp_path):
 # ---------------------------------------------------------------- maps by texts and by vision prototypes
 
 def cam(world, out, *more):
-    return call("make_cam.py", "--data", world / "data", "--out", out, "--clip", world / "clip.pt", "--split", "train", "--device", "cpu", "--amp", "off",
-                "--workers", "0", "--sheets", "0", "--tau-t", "0.02", *more)
+    return call("make_cam.py", *cam_flags(world, out, *more))
 
 
 @pytest.mark.parametrize("source", ["text", "vision"])
@@ -314,3 +337,74 @@ def test_maps_refuse_what_does_not_fit(world, tmp_path, tiny_clip):
             "was learned with other backgrounds")
     for wrong in (["--source", "text", "--init", "x.pt"], ["--source", "text", "--cache", "--flip"], ["--source", "refine", "--cache"], ["--source", "text", "--tau-t", "0"]):
         assert cam(world, world / "out", "--cam", "x", *wrong).returncode == 2
+
+
+# ---------------------------------------------------------------- phase 2
+
+@pytest.fixture(scope="module")
+def decoded(world):
+    done = call("train_seg.py", *decoder_flags(world, world / "out"))
+    assert done.returncode == 0, done.stderr
+    return world / "out"
+
+
+def test_decoder_compares_its_pixels_with_the_prototypes(world, decoded):
+    clip, content = clip_model.load_clip(world / "clip.pt"), torch.load(decoded / "seg.pt", weights_only=True)
+    seen = []
+    model = segmenter.load_segmenter(decoded / "seg.pt", lambda images: seen.append(gradcam.block_outputs(clip, images)) or seen[-1])
+    W = torch.load(decoded / "prototypes.pt", weights_only=True)["model"]["prototypes"]
+    assert torch.equal(content["model"]["prototypes"], W) and not any("conv1" in name for name in content["model"])      # CLIP is not stored
+    images = torch.rand(2, 3, 24, 40)
+    with torch.no_grad():
+        whole = model(images)
+        logits, coarse, v = model.train()(images)
+    tokens, grid = seen[0]
+    assert grid == (3, 5) and len(tokens) == 1 and tokens[0].shape == (2, 15, 64)       # of two blocks the first
+    assert whole.shape == logits.shape == (2, 4, 24, 40) and coarse.shape == (2, 4, 3, 5) and v.shape == (2, 16, 3, 5)
+    torch.testing.assert_close(whole, logits, rtol=1e-4, atol=1e-4)
+    cosine = torch.einsum("bdhw,md->bmhw", torch.nn.functional.normalize(v, dim=1), W) / 0.03
+    torch.testing.assert_close(coarse[:, 1:], cosine[:, :3], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(coarse[:, 0], cosine[:, 3:].exp().sum(1).log(), rtol=1e-4, atol=1e-4)
+
+
+def test_logged_losses_are_equations_12_to_14(world, decoded):
+    """The first line of seg.jsonl: the batch, the crops and the fresh weights are known by the seed."""
+    folder, W = data.Folder(world / "data"), torch.load(decoded / "prototypes.pt", weights_only=True)["model"]["prototypes"]
+    args = common.parser("").parse_args(["--data", "x", "--out", str(decoded), "--device", "cpu"])
+    env, clip = common.Env(args), clip_model.load_clip(world / "clip.pt")
+    content = torch.load(decoded / "prototypes.pt", weights_only=True)
+    model = segmenter.build_decoder(lambda images: gradcam.block_outputs(clip, images), 64, 1, content, 16).train()
+    samples = data.Samples(folder, folder.ids("train"), train_seg.transform(32, 0.5, 1.5), 0, lambda id: folder.root / f"SegmentationClass/{id}.png")
+    images, masks, _ = samples.collate([samples[key] for key in next(iter(data.Batches(5, 3, env)))])
+    with torch.no_grad():
+        logits, coarse, v = model(images)
+    ce = torch.nn.functional.cross_entropy(logits, masks, ignore_index=255)
+    P, present = torch.zeros(3, 3, 16), torch.zeros(3, 3)
+    for i in range(3):
+        for n in range(3):
+            A = coarse[i].softmax(0)[n + 1]
+            P[i, n] = (A * v[i]).sum((1, 2)) / A.sum()
+            present[i, n] = bool((masks[i] == n + 1).any())
+    first = json.loads((decoded / "seg.jsonl").read_text().splitlines()[1])
+    assert first["ce"] == pytest.approx(ce.item(), abs=1e-4) and present.any()
+    assert first["rsc"] == pytest.approx(losses.region_contrast(P, W[:3], present, 0.07).item(), abs=1e-4)
+    assert first["loss"] == pytest.approx(first["ce"] + first["rsc"], abs=1e-4)
+
+
+def test_decoder_is_scored_by_eval(world, decoded, tmp_path):
+    flags = ["--data", world / "data", "--out", decoded, "--split", "train", "--what", "seg", "--scales", "1", "--device", "cpu", "--amp", "off", "--workers", "0", "--no-crf"]
+    done = call("eval.py", *flags)
+    assert done.returncode == 0 and json.loads((decoded / "eval_seg_train.json").read_text())["protocol"]["made_by"]["model"] == "clip_decoder", done.stderr
+    torch.save({k: v + 0.01 for k, v in torch.load(world / "clip.pt", weights_only=True).items()}, tmp_path / "other.pt")
+    refused(call("eval.py", *flags, "--clip", tmp_path / "other.pt"), "was trained on another CLIP", "--clip")
+
+
+def test_decoder_without_contrast_and_what_it_refuses(world, decoded, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    refused(call("train_seg.py", *decoder_flags(world, out)), "prototypes.pt is missing: run vpl.py")
+    (out / "prototypes.pt").symlink_to(decoded / "prototypes.pt")
+    assert call("train_seg.py", *decoder_flags(world, out, "--lambda-rsc", "0", "--optimizer", "adamw")).returncode == 0
+    log = [json.loads(line) for line in (out / "seg.jsonl").read_text().splitlines()[1:]]
+    assert all(row["rsc"] == 0 and row["loss"] == pytest.approx(row["ce"]) for row in log)
+    assert call("train_seg.py", *decoder_flags(world, out, "--width", "20")).returncode == 2

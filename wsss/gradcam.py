@@ -57,6 +57,12 @@ def last_inputs(clip, images, layers=8, size=None):
     return inputs[-1], torch.stack(attention[-layers:]).mean(0), grid
 
 
+def block_outputs(clip, images):
+    """-> the patch tokens that every block but the last puts out, a list of (B, N, width); grid (h, w)"""
+    inputs, _, grid = run_blocks(clip, images)
+    return [x[:, 1:] for x in inputs[1:]], grid
+
+
 def stored_inputs(folder, ids, make):
     """What make() -> x, attention, grid gives for the pictures `ids`, by way of half precision in folder/<id>.pt; read from there if all are there."""
     paths = [Path(folder) / f"{id}.pt" for id in ids]

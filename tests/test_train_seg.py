@@ -1,0 +1,307 @@
+"""train_seg.py as a command: its loss against naive loops, what rests, resumed against uninterrupted, two processes against one."""
+import json
+import math
+import re
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import LABELS, ROOT, call, make_folder, refused, run
+from PIL import Image
+from torchvision import tv_tensors
+
+import train_seg
+from wsss import common, data, segmenter
+
+TRUNK = ROOT / "weights/toy_backbone.pt"
+
+
+def flags(world, out, *more):
+    return ["--data", world / "data", "--out", out, "--label-dir", world / "masks", "--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0",
+            "--model", "deeplab_toy", "--init", TRUNK, "--batch-size", "2", "--crop", "33", "--iterations", "5", "--lr", "1e-4", "--log-every", "1", *more]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Five pictures, their masks in `masks` and no truth in the data folder; one finished run in `out`: two epochs and a half."""
+    root = tmp_path_factory.mktemp("world")
+    make_folder(root / "data")
+    (root / "data/SegmentationClass").rename(root / "masks")
+    done = call("train_seg.py", *flags(root, root / "out"))
+    assert done.returncode == 0, done.stderr
+    return root
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()][1:]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) if tolerance == 0 else torch.allclose(a[k].float(), b[k].float(), atol=tolerance, rtol=0) for k in a)
+
+
+# ---------------------------------------------------------------- what a step does
+
+def test_labels_lie_under_their_logits():
+    masks = torch.arange(33 * 17).view(1, 33, 17)
+    assert torch.equal(train_seg.on_grid(masks, (9, 5)), masks[:, ::4, ::4])                 # scale 1
+    want = [[masks[0, round(i * 32 / 6), round(j * 16 / 3)] for j in range(4)] for i in range(7)]
+    assert train_seg.on_grid(masks, (7, 4)).tolist() == [want]                               # scale .75, on the grid of 25 x 13 pixels
+
+
+def test_pixel_losses_are_the_cross_entropies_of_labelled_pixels():
+    torch.manual_seed(0)
+    logits, target = torch.randn(2, 3, 2, 2), torch.tensor([[[0, 255], [2, 1]], [[255, 255], [1, 0]]])
+    want = [math.log(logits[b, :, i, j].exp().sum()) - logits[b, target[b, i, j], i, j].item()
+            for b in range(2) for i in range(2) for j in range(2) if target[b, i, j] != 255]
+    assert train_seg.pixel_losses(logits, target).tolist() == pytest.approx(want, abs=1e-6)
+
+
+def test_logged_loss_is_the_loss_of_that_batch(world):
+    """The first line of seg.jsonl against loops over pixels: the batch, the crops and the weights are known by the seed."""
+    folder = data.Folder(world / "data")
+    samples = data.Samples(folder, folder.ids("train"), train_seg.transform(33, 0.5, 1.5), 0, lambda id: world / "masks" / f"{id}.png")
+    keys = next(iter(data.Batches(5, 2, SimpleNamespace(shard=list))))
+    images, masks = (torch.stack(x) for x in list(zip(*(samples[key] for key in keys)))[:2])
+    common.seed_all(0)                                                                       # as Env does
+    model = segmenter.build_segmenter("deeplab_toy", 3, TRUNK)
+    model.rest_batchnorm()
+    losses, right, foreground = [], [], []
+    with torch.no_grad():
+        outputs = [z.double() for z in model.train()(images)]
+    for z in outputs:
+        h, w = z.shape[2:]
+        pixels = [(b, i, j, masks[b, round(i * 32 / (h - 1)), round(j * 32 / (w - 1))].item()) for b in range(2) for i in range(h) for j in range(w)]
+        pixels = [(z[b, :, i, j], label) for b, i, j, label in pixels if label != 255]
+        losses.append(sum(-values.softmax(0)[label].log().item() for values, label in pixels) / len(pixels))
+        right = [values.argmax().item() == label for values, label in pixels]                # of the last, the maximum
+        foreground = [values.argmax().item() > 0 for values, label in pixels]
+    first = rows(world / "out/seg.jsonl")[0]
+    assert first["loss"] == pytest.approx(sum(losses), rel=1e-4) and first["accuracy"] == pytest.approx(np.mean(right), abs=1e-5)
+    assert first["foreground"] == pytest.approx(np.mean(foreground), abs=1e-5) and first["scored"] == pytest.approx(len(pixels) / 162, abs=1e-5)
+
+
+def test_rates_fall_to_zero_and_batchnorm_rests(world):
+    groups = torch.load(world / "out/seg.last.pt", weights_only=True)["optimizer"]["param_groups"]
+    assert [g["initial_lr"] for g in groups] == pytest.approx([1e-4, 1e-3, 2e-3]) and all(g["momentum"] == 0.9 and g["weight_decay"] == 5e-4 for g in groups)
+    log = rows(world / "out/seg.jsonl")
+    assert [row["step"] for row in log] == [1, 2, 3, 4, 5]
+    assert [row["lr"] for row in log] == pytest.approx([1e-4 * (1 - n / 5) ** 0.9 for n in range(5)], rel=1e-4)
+    torch.manual_seed(0)
+    fresh, trained = segmenter.build_segmenter("deeplab_toy", 3, TRUNK), weights(world / "out/seg.pt")
+    norms = {f"{name}.{k}" for name, m in fresh.named_modules() if isinstance(m, torch.nn.BatchNorm2d) for k in m.state_dict()}
+    rest = {k for k, v in fresh.state_dict().items() if torch.equal(v, trained[k])}
+    assert rest == norms and len(norms) == 8 * 5
+
+
+def test_batchnorm_trains_from_nothing_and_on_demand(world, tmp_path):
+    for more, start in ((["--init", "none"], None), (["--train-batchnorm"], TRUNK)):
+        out = tmp_path / str(start is None)
+        assert call("train_seg.py", *flags(world, out, *more, "--iterations", "2")).returncode == 0
+        torch.manual_seed(0)
+        fresh, trained = segmenter.build_segmenter("deeplab_toy", 3, start).state_dict(), weights(out / "seg.pt")
+        assert not any(torch.equal(fresh[k], trained[k]) for k in fresh if "running" in k or "backbone" in k)
+        assert torch.load(out / "seg.pt", weights_only=True)["args"]["train_batchnorm"] is True
+
+
+def test_what_is_saved_loads_and_says_what_it_is(world):
+    content = torch.load(world / "out/seg.pt", weights_only=True)
+    assert content["stage"] == "seg" and content["classes"] == ["train", "boat", "cow"]
+    assert content["args"]["inputs"] == {"init": common.fingerprint(TRUNK), "masks": None}
+    assert segmenter.load_segmenter(world / "out/seg.pt")(torch.rand(1, 3, 30, 40)).shape == (1, 4, 30, 40)
+
+
+def test_the_network_learns(world, tmp_path):
+    """Pictures that show their masks."""
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.copytree(world / "masks", tmp_path / "masks")
+    for id in LABELS:
+        mask = data.load_mask(tmp_path / "masks" / f"{id}.png")
+        Image.fromarray(data.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
+    done = call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--train-batchnorm", "--iterations", "40", "--batch-size", "5", "--min-scale", "1", "--max-scale", "1"))
+    assert done.returncode == 0, done.stderr
+    log = rows(tmp_path / "out/seg.jsonl")
+    assert log[-1]["loss"] < log[0]["loss"] / 4 and log[-1]["accuracy"] > 0.9 and log[-1]["foreground"] > 0.1
+
+
+# ---------------------------------------------------------------- samples
+
+def test_picture_and_mask_move_together():
+    values = torch.zeros(40, 60, dtype=torch.uint8)
+    values[:, 20:40], values[10:20, 40:] = 1, 2
+    image = tv_tensors.Image(100 * values.expand(3, -1, -1))
+    shapes, sizes = set(), []
+    for seed in range(40):
+        torch.manual_seed(seed)
+        x, mask = train_seg.transform(50, 0.5, 1.5)(image, tv_tensors.Mask(values))
+        shapes.add((tuple(x.shape), tuple(mask.shape), x.dtype, mask.dtype))
+        inside = mask != 255
+        sizes.append(inside.sum().item())
+        shown = (x[0] * 255 - 100 * mask)[inside].abs()
+        assert (shown < 60).float().mean() > 0.94                                            # all but the blurred edges
+        assert (x[:, ~inside] * 255).round().unique(dim=1).T.tolist() in ([], [[124, 116, 104]])
+        assert set(mask.unique().tolist()) <= {0, 1, 2, 255}
+    assert shapes == {((3, 50, 50), (50, 50), torch.float32, torch.uint8)}
+    assert min(sizes) < 900 < 2000 < max(sizes) <= 2500                                      # 20 x 30 at scale .5, 50 x 50 at 1.5
+
+
+def test_scales_and_flips_are_drawn():
+    values = torch.zeros(10, 20, dtype=torch.uint8)
+    values[:, :10] = 1
+    widths, left = set(), set()
+    for seed in range(60):
+        torch.manual_seed(seed)
+        _, mask = train_seg.transform(60, 0.5, 1.5)(tv_tensors.Image(values.expand(3, -1, -1)), tv_tensors.Mask(values))
+        row = mask[(mask == 1).any(1)][0]
+        widths.add((row != 255).sum().item())
+        left.add(row[row != 255][0].item())
+    assert min(widths) <= 12 and max(widths) >= 28 and 10 <= min(widths) and max(widths) <= 30 and left == {0, 1}
+
+
+def test_steps_run_over_epochs():
+    """Steps 4 to 9 over epochs of 4 batches, the last one cut; after a resume the same batches come."""
+    env = SimpleNamespace(shard=list, device=torch.device("cpu"))
+    loader = lambda: data.loader(Numbers(), 2, env)
+    whole = [(n, batch.tolist()) for n, batch in train_seg.stream(*loader(), 0, 9)]
+    assert [n for n, _ in whole] == list(range(1, 10))
+    assert sorted(sum((batch for _, batch in whole[:4]), [])) == list(range(8)) and whole[:4] != whole[4:8]
+    for done in (3, 4, 9):
+        assert [(n, batch.tolist()) for n, batch in train_seg.stream(*loader(), done, 9)] == whole[done:]
+
+
+class Numbers(torch.utils.data.Dataset):
+    seed = 0
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, key):
+        return key[1]
+
+    collate_fn = collate = staticmethod(torch.tensor)
+
+
+# ---------------------------------------------------------------- interrupted, resumed, finished
+
+def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, monkeypatch):
+    saves, save_state = [], common.save_state
+
+    def killed(*args):
+        save_state(*args)
+        saves.append(args[6])
+        if saves == [1, 2, 3]:                                                               # inside the second epoch
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_state", killed)
+    done = call("train_seg.py", *flags(world, tmp_path, "--save-every", "1"))
+    assert done.returncode == 130 and not (tmp_path / "seg.pt").exists()
+    done = call("train_seg.py", *flags(world, tmp_path, "--save-every", "1"))
+    assert done.returncode == 0 and saves == [1, 2, 3, 4, 5], done.stderr
+    strip = lambda path: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(path)]
+    for again in (False, True):                                                              # and as if killed after the last state, before seg.pt
+        assert same(weights(tmp_path / "seg.pt"), weights(world / "out/seg.pt"))
+        assert strip(tmp_path / "seg.jsonl") == strip(world / "out/seg.jsonl")
+        (tmp_path / "seg.pt").unlink()
+        assert again or call("train_seg.py", *flags(world, tmp_path)).returncode == 0
+    assert saves == [1, 2, 3, 4, 5]
+
+
+def test_finished_is_skipped_and_another_recipe_refused(world, tmp_path):
+    before = (world / "out/seg.pt").stat().st_mtime_ns
+    done = call("train_seg.py", *flags(world, world / "out"))
+    assert done.returncode == 0 and "is finished" in done.stdout and (world / "out/seg.pt").stat().st_mtime_ns == before
+    refused(call("train_seg.py", *flags(world, world / "out", "--lr", "1e-3")), "--lr 0.0001 (now 0.001)")
+    other = torch.load(TRUNK, weights_only=True)
+    torch.save({"model": other["model"]}, tmp_path / "other.pt")
+    refused(call("train_seg.py", *flags(world, world / "out", "--init", tmp_path / "other.pt")), "made from another init file")
+
+
+def test_two_processes_are_one(world, tmp_path):
+    """Batches of 2: each rank has one picture, with its own number of labelled pixels."""
+    run("train_seg.py", *flags(world, tmp_path), processes=2)
+    assert same(weights(tmp_path / "seg.pt"), weights(world / "out/seg.pt"), 1e-5)
+    for one, two in zip(rows(world / "out/seg.jsonl"), rows(tmp_path / "seg.jsonl"), strict=True):
+        assert all(two[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in one.items() if k != "seconds")
+
+
+def test_bf16_is_close(world, tmp_path):
+    done = call("train_seg.py", *flags(world, tmp_path, "--amp", "bf16"))
+    assert done.returncode == 0, done.stderr
+    first, plain = rows(tmp_path / "seg.jsonl")[0], rows(world / "out/seg.jsonl")[0]
+    assert first["loss"] == pytest.approx(plain["loss"], rel=0.03) and first["loss"] != plain["loss"]
+
+
+# ---------------------------------------------------------------- masks
+
+def broken(world, root, id="a_2"):
+    """A copy of the masks with one of them to be changed."""
+    shutil.copytree(world / "masks", root / "masks")
+    (root / "data").symlink_to(world / "data")
+    return root / "masks" / f"{id}.png"
+
+
+def test_masks_come_from_pseudo_unless_a_folder_is_given(world, tmp_path):
+    plain = [f for f in flags(world, tmp_path / "out") if f not in ("--label-dir", world / "masks")]
+    refused(call("train_seg.py", *plain), "out/pseudo/a_1.png is missing, 5 of 5 masks are", "make_pseudo.py", "--label-dir")
+    (tmp_path / "out/pseudo").symlink_to(world / "masks")
+    assert call("train_seg.py", *plain).returncode == 0
+    assert same(weights(tmp_path / "out/seg.pt"), weights(world / "out/seg.pt"))
+
+
+def test_masks_without_a_label_have_no_loss(world, tmp_path):
+    for id in LABELS:
+        path = broken(world, tmp_path, id) if id == "a_1" else tmp_path / "masks" / f"{id}.png"
+        data.save_mask(path, np.full_like(data.load_mask(path), 255))
+    done = call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--weight-decay", "0"))
+    assert done.returncode == 0, done.stderr
+    assert all(row["loss"] == row["scored"] == 0 for row in rows(tmp_path / "out/seg.jsonl"))
+    common.seed_all(0)
+    assert same(weights(tmp_path / "out/seg.pt"), segmenter.build_segmenter("deeplab_toy", 3, TRUNK).state_dict())
+
+
+def test_wrong_masks_are_one_line(world, tmp_path):
+    path = broken(world, tmp_path)
+    run_it = lambda *more: call("train_seg.py", *flags(tmp_path, tmp_path / "out", *more))
+    mask = data.load_mask(path)
+    path.unlink()
+    refused(run_it(), "masks/a_2.png is missing, 1 of 5 masks are", "--label-dir")
+    data.save_mask(path, mask[:-2])
+    refused(run_it(), "masks/a_2.png is 40x32, its picture 40x34: make the mask again")
+    data.save_mask(path, np.where(mask == 2, 7, mask))
+    refused(run_it(), "masks/a_2.png holds label 7, classes.txt has 3 classes")
+    path.write_bytes(b"no picture")
+    refused(run_it(), "masks/a_2.png is not a readable mask")
+    assert not list((tmp_path / "out").glob("*.pt"))
+
+
+def test_wrong_flags_are_one_line(world, tmp_path):
+    refused(call("train_seg.py", *flags(world, tmp_path, "--init", tmp_path / "no.pt")), "no.pt: no such file")
+    refused(call("train_seg.py", *flags(world, tmp_path, "--init", "imagenet")), "deeplab_toy has no ImageNet weights")
+    (world / "data/ImageSets/Segmentation/nothing.txt").write_text("")
+    refused(call("train_seg.py", *flags(world, tmp_path, "--split", "nothing")), "nothing.txt is empty")
+    done = call("train_seg.py", *flags(world, tmp_path, "--min-scale", "2"))
+    assert done.returncode == 2 and "--min-scale is above 0" in done.stderr
+
+
+def test_processes_on_a_cpu_cannot_train_batchnorm(world, tmp_path, monkeypatch):
+    class Two(common.Env):
+        def __init__(self, args):
+            super().__init__(args)
+            self.world = 2
+
+    monkeypatch.setattr(common, "Env", Two)
+    refused(call("train_seg.py", *flags(world, tmp_path, "--init", "none")), "several processes", "--no-train-batchnorm")
+
+
+def test_the_manual_names_flags_that_exist():
+    help = call("train_seg.py", "--help")
+    assert help.returncode == 0
+    for flag in set(re.findall(r"--[a-z-]+", train_seg.__doc__)) - {"--nproc"}:              # torchrun's
+        assert flag in help.stdout

@@ -1,0 +1,198 @@
+"""Train a segmentation network on the pseudo masks, or on any folder of masks.
+
+Paper   SemPLeS Tables 2 and 3, the rows of DeepLab-v2 with ResNet-101; VPL phase 2, Eq. 12-14 (--model clip_decoder)
+Reads   pictures of --data, masks <out>/pseudo/<id>.png (make_pseudo.py) or --label-dir/<id>.png, ImageNet weights;
+        clip_decoder: CLIP and <out>/prototypes.pt (vpl.py)
+Writes  <out>/seg.pt, <out>/seg.last.pt (to resume), <out>/seg.jsonl
+
+DeepLab sees a random crop at scales 1, .75 and .5; the loss is the sum of four mean cross-entropies, of the three predictions
+and of their elementwise maximum. clip_decoder is a decoder over the frozen CLIP, whose pixels V are compared with the vision prototypes W:
+lambda_ce L_CE + lambda_RSC L_RSC, the second contrasting the region of each class in a picture with W. A pixel labelled 255 has no loss. True masks are opened only where --label-dir points at them.
+
+    python train_seg.py --data /data/VOC2012 --out runs/voc                                                             # VOC
+    torchrun --nproc_per_node 4 train_seg.py --data /data/COCO --out runs/coco --split train --iterations 100000        # COCO
+    python train_seg.py --data /data/VOC2012 --out runs/truth --label-dir /data/VOC2012/SegmentationClassAug            # the upper bound
+    python train_seg.py --data /data/VOC2012 --out runs/vpl --model clip_decoder                                        # VPL phase 2
+    python train_seg.py --data data/toy --out runs/toy --split train --model deeplab_toy --init data/toy/backbone.pt \\
+        --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8 --iterations 240 --lr 1e-4
+"""
+import argparse
+from itertools import islice
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from wsss import clip_model, common, data, gradcam, losses, segmenter
+
+# What each paper trains its network with. VPL gives neither rate nor crop: ours, and WeCLIP's.
+PAPERS = {"deeplabv2_resnet101": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "lr": 2.5e-4, "weight_decay": 5e-4, "crop": 321},
+          "clip_decoder": {"init": "none", "batch_size": 6, "iterations": 30_000, "lr": 0.01, "weight_decay": 1e-4, "crop": 320}}
+
+
+def parse():
+    p = common.parser(__doc__, batch_size=None)
+    p.add_argument("--model", choices=list(segmenter.NAMES), default="deeplabv2_resnet101", help="architecture")
+    p.add_argument("--label-dir", type=Path, help="masks to learn instead of <out>/pseudo, one <id>.png for each picture of --split")
+    p.add_argument("--init", help="weights to start from: imagenet (DeepLab's default, downloaded once), none (clip_decoder's), or a file: of a backbone, or a whole seg.pt")
+    p.add_argument("--train-batchnorm", action=argparse.BooleanOptionalAction,
+                   help="BatchNorm learns too, with the statistics of all processes (on GPUs); if not given, only with --init none")
+    g = p.add_argument_group("training; defaults are the paper's, for DeepLab / for clip_decoder")
+    g.add_argument("--iterations", type=common.positive, help="steps: 20,000 / 30,000 (COCO: 100,000); --batch-size: 10 / 6")
+    g.add_argument("--lr", type=float, help="SGD's first rate, poly 0.9 to 0: 2.5e-4 for the backbone, x 10 for the head, x 20 for its biases / 0.01")
+    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="both papers: SGD, momentum 0.9; AdamW moves a fresh decoder in few steps")
+    g.add_argument("--weight-decay", type=float, help="5e-4 / 1e-4")
+    g.add_argument("--crop", type=common.positive, help="side of the random crop in pixels: 321 / 320; for DeepLab best a multiple of its stride plus 1")
+    g.add_argument("--min-scale", type=float, default=0.5, help="before the crop, a picture is resized by a random factor from this ...")
+    g.add_argument("--max-scale", type=float, default=1.5, help="... to this")
+    g.add_argument("--log-every", type=common.positive, default=20, help="steps between two lines of the log")
+    g.add_argument("--save-every", type=common.positive, default=500, help="steps between two states to resume from")
+    g = p.add_argument_group("clip_decoder (VPL phase 2)")
+    g.add_argument("--clip", default="ViT-B/16", help="the frozen CLIP, that of vpl.py: OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--lambda-ce", type=float, default=1.0, help="weight of the cross-entropy (Eq. 14)")
+    g.add_argument("--lambda-rsc", type=float, default=1.0, help="weight of regional semantic contrast (Eq. 14); 0: without")
+    g.add_argument("--tau-rsc", type=float, default=0.07, help="temperature of Eq. 13")
+    g.add_argument("--width", type=common.positive, default=256, help="channels of the decoder, a multiple of its 8 heads")
+    args = p.parse_args()
+    for name, value in PAPERS.get(args.model, PAPERS["deeplabv2_resnet101"]).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    if args.width % 8 or args.tau_rsc <= 0:
+        p.error("--width is a multiple of 8, --tau-rsc above 0")
+    if not 0 < args.min_scale <= args.max_scale:
+        p.error("--min-scale is above 0 and at most --max-scale")
+    if args.train_batchnorm is None:
+        args.train_batchnorm = args.init == "none" and args.model != "clip_decoder"       # which has none
+    return args
+
+
+def transform(crop, low, high):
+    """Picture and mask alike: a random scale, a random crop, a flip. Where the crop leaves the picture it is mean colour without a label."""
+    def scale(image, mask):
+        factor = torch.empty(()).uniform_(low, high).item()
+        size = [max(1, round(n * factor)) for n in image.shape[1:]]
+        return v2.functional.resize(image, size, antialias=True), v2.functional.resize(mask, size)       # a mask by nearest
+
+    fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: data.IGNORE}
+    return v2.Compose([scale, v2.RandomCrop(crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(),
+                       v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
+
+
+def masks_in(folder, ids):
+    """id -> path of its mask. All of them must be there; what they hold is checked when they are read."""
+    missing = [id for id in ids if not (folder / f"{id}.png").exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder / missing[0]}.png is missing, {len(missing)} of {len(ids)} masks are: "
+                                "run make_pseudo.py on this --split, or give a --label-dir that has them")
+    return lambda id: folder / f"{id}.png"
+
+
+def stream(loader, batches, done, total):
+    """(number, batch) of the steps after number `done`, up to number `total`, over as many epochs as that takes."""
+    while done < total:
+        batches.start(done // len(batches), done % len(batches))
+        for done, batch in enumerate(islice(loader, total - done), done + 1):
+            yield done, batch
+
+
+def on_grid(masks, size):
+    """The labels on which the logits sit, corner to corner: as in DeepLab-v2 labels are thinned out, not logits enlarged.   (B, H, W) -> (B, h, w)"""
+    rows, columns = (torch.linspace(0, n - 1, m, device=masks.device).round().long() for n, m in zip(masks.shape[1:], size))
+    return masks[:, rows[:, None], columns]
+
+
+def pixel_losses(logits, target):
+    """Cross-entropy of every pixel that has a label.   (B, 1 + C, h, w), (B, h, w) -> (n,)"""
+    return F.cross_entropy(logits.float(), target, ignore_index=data.IGNORE, reduction="none")[target != data.IGNORE]
+
+
+def build(args, folder, env):
+    """The network on its device, its BatchNorm settled."""
+    init = None if args.init == "none" else args.init
+    if args.model != "clip_decoder":
+        model = segmenter.build_segmenter(args.model, len(folder.classes), init).to(env.device)
+        if not args.train_batchnorm:
+            model.rest_batchnorm()
+        return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if env.world > 1 and args.train_batchnorm else model
+    clip = clip_model.load_clip(args.clip, env.device)
+    visual = clip.model.visual
+    if not hasattr(visual, "transformer"):
+        raise ValueError(f"--clip {args.clip} is no vision transformer: clip_decoder reads its blocks")
+    model = segmenter.build_decoder(lambda images: gradcam.block_outputs(clip, images), visual.conv1.out_channels, len(visual.transformer.resblocks) - 1,
+                                    common.load_prototypes(args, folder), args.width)
+    if init:
+        common.load_weights(model, common.load(init, "seg", folder.classes)["model"], init)
+    return model.to(env.device)
+
+
+def region_loss(coarse, v, masks, prototypes, tau, env, batch_size):
+    """VPL Eq. 12, 13 over the whole batch, of all processes: A is the softmax of the grid's logits, an image's classes are those of its mask."""
+    C = coarse.shape[1] - 1
+    regions = losses.region_embeddings(v, coarse.softmax(1)[:, 1:])             # (B, C, D)
+    present = regions.new_zeros(len(masks), 256).scatter_(1, masks.flatten(1), 1)[:, 1:C + 1]
+    regions, present = (env.gather(rows, batch_size) for rows in (regions, present))
+    return losses.region_contrast(regions, prototypes[:C], present, tau)
+
+
+def main():
+    args = parse()
+    env = common.Env(args)
+    out, last = args.out / "seg.pt", args.out / "seg.last.pt"
+    label_dir = args.label_dir or args.out / "pseudo"
+    decoder = {"clip": args.clip, "prototypes": args.out / "prototypes.pt"} if args.model == "clip_decoder" else {}
+    args.inputs = common.inputs(init=args.init, masks=label_dir, **decoder)
+    if common.finished(out, args):
+        return env.close(f"{out} is finished")
+    if args.train_batchnorm and env.world > 1 and env.device.type == "cpu":
+        raise ValueError("BatchNorm learns over several processes on GPUs only: take one process, or --no-train-batchnorm and an --init")
+    folder = data.Folder(args.data)
+    ids = folder.ids(args.split, args.limit)
+    if env.world > min(args.batch_size, len(ids)):
+        raise ValueError(f"{env.world} processes share batches of {min(args.batch_size, len(ids))}: each needs a picture, so take fewer processes or a larger --batch-size")
+    mask_path = masks_in(label_dir, ids)
+
+    model = env.in_turn(lambda: build(args, folder, env))
+    groups, decay = model.groups(args.lr), args.weight_decay
+    optimizer = torch.optim.AdamW(groups, weight_decay=decay) if args.optimizer == "adamw" else torch.optim.SGD(groups, momentum=0.9, weight_decay=decay)
+    schedule, scaler = torch.optim.lr_scheduler.PolynomialLR(optimizer, args.iterations, power=0.9), env.scaler()
+    samples = data.Samples(folder, ids, transform(args.crop, args.min_scale, args.max_scale), args.seed, mask_path)
+    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
+    _, begin = common.load_state(last, model, optimizer, schedule, scaler, args)
+    network = env.parallel(model.train())
+    log, meter = common.Log(args.out / "seg.jsonl", args, env, begin), common.Meter(env)
+
+    for step, (images, masks, numbers) in env.progress(stream(loader, batches, begin, args.iterations), "seg", args.iterations, begin):
+        images, masks = images.to(env.device, non_blocking=True), masks.to(env.device, non_blocking=True)
+        with env.autocast():
+            predictions = network(images)                                       # DeepLab: a tuple of (B, 1 + C, h, w)
+        if decoder:
+            logits, coarse, v = predictions
+            predictions = [logits]
+        targets = [on_grid(masks, logits.shape[2:]) for logits in predictions]
+        ce = sum(common.mean(pixel_losses(logits, target)) for logits, target in zip(predictions, targets))
+        rsc = region_loss(coarse, v, masks, model.prototypes, args.tau_rsc, env, batches.batch_size) if decoder and args.lambda_rsc else 0 * ce
+        loss = args.lambda_ce * ce + args.lambda_rsc * rsc                      # VPL Eq. 14; DeepLab has the first term only
+        lr = optimizer.param_groups[0]["lr"]
+        scaler.scale(loss).backward()
+        scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
+
+        with torch.no_grad():
+            label, target = predictions[-1].argmax(1), targets[-1]              # (B, h, w) each
+            scored = target != data.IGNORE
+            meter.add(numbers, loss=loss, ce=ce, rsc=rsc, accuracy=common.mean((label == target)[scored].float()),
+                      foreground=common.mean((label > 0)[scored].float()), scored=common.mean(scored.float()))
+        save = step == args.iterations or step % args.save_every == 0
+        if save or step % args.log_every == 0:
+            log(step, lr=lr, **meter.read(ids))
+        if save:
+            common.save_state(last, model, optimizer, schedule, scaler, 0, step, args)
+
+    if env.main:
+        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args))
+    env.close(f"{out} is finished")
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,284 @@
+"""Segmentation networks: image -> logits of background and classes.
+
+    model = build_segmenter("deeplabv2_resnet101", num_classes=20, init="imagenet")
+    model = load_segmenter("seg.pt")
+    logits = model.eval()(images)                                  # RGB in [0, 1] (B, 3, H, W) -> (B, 1 + C, H, W), background first
+
+A model owns its mean and std, its parameter groups, and `window`: side and stride of the windows it wants at test time, None for
+the whole picture.
+"""
+from collections import OrderedDict
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models import ResNet101_Weights, resnet101
+
+NAMES = ("deeplabv2_resnet101", "deeplab_toy", "clip_decoder")
+
+
+# ------------------------------------------------------------------------------------------------------- DeepLab-v2
+
+class DeepLabV2(nn.Module):
+    """A dilated backbone and four 3x3 convolutions of growing dilation, summed.
+
+    Every convolution is centred, so logit (i, j) sits on pixel (stride i, stride j): picture and grid meet corner to corner if the
+    side is a multiple of the stride plus 1, as the 321 of the training crop is at all three scales. Hence align_corners everywhere."""
+
+    window = None
+    scales = (0.75, 0.5)                                          # of the multi-scale loss, besides 1
+
+    def __init__(self, backbone, channels, num_classes, stride, dilations):
+        super().__init__()
+        self.backbone, self.stride = backbone, stride
+        self.aspp = nn.ModuleList(nn.Conv2d(channels, 1 + num_classes, 3, padding=d, dilation=d) for d in dilations)
+        for branch in self.aspp:
+            nn.init.normal_(branch.weight, std=0.01)
+            nn.init.zeros_(branch.bias)
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        self.batchnorm_trains = True
+
+    def forward(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> logits (B, 1 + C, H, W); in training a tuple, (B, 1 + C, h, w) each: of the picture at scales
+        1, .75 and .5, and their elementwise maximum."""
+        x = (images - self.mean) / self.std
+        if not self.training:
+            H, W = x.shape[-2:]
+            x = F.pad(x, (0, (1 - W) % self.stride, 0, (1 - H) % self.stride))        # by mean colour, until the corners meet
+            return resize(self.logits(x), x.shape[-2:])[..., :H, :W]
+        whole = self.logits(x)
+        others = [self.logits(resize(x, [round((n - 1) * scale) + 1 for n in x.shape[-2:]])) for scale in self.scales]
+        highest = torch.stack([whole, *(resize(z, whole.shape[-2:]) for z in others)]).max(0).values
+        return whole, *others, highest
+
+    def logits(self, x):
+        x = self.backbone(x)                                      # (B, channels, h, w)
+        return sum(branch(x).float() for branch in self.aspp)     # (B, 1 + C, h, w)
+
+    def groups(self, lr):
+        """For the optimizer: the four convolutions learn 10 times as fast as the backbone, their biases 20 times."""
+        return [{"params": [w for w in self.backbone.parameters() if w.requires_grad], "lr": lr},
+                {"params": [branch.weight for branch in self.aspp], "lr": 10 * lr},
+                {"params": [branch.bias for branch in self.aspp], "lr": 20 * lr}]
+
+    def rest_batchnorm(self):
+        """For a pre-trained start: BatchNorm keeps what it has, for any number of processes."""
+        # From the authors' code, not in the paper: (DeepLab-v2's) scales and shifts rest too, not only the statistics.
+        self.batchnorm_trains = False
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode=True):
+        super().train(mode)
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.train(mode and self.batchnorm_trains)
+        return self
+
+    def load_backbone(self, state):
+        """Weights of a classifier: torchvision's ResNet-101, or the toy's trunk. Its last layer is left out."""
+        self.backbone.load_state_dict({name.removeprefix("trunk."): value for name, value in state.items() if not name.startswith("fc.")})
+
+
+def resize(x, size):
+    return F.interpolate(x, tuple(size), mode="bilinear", align_corners=True)
+
+
+def dilated_resnet101():
+    """torchvision's at stride 8, with its names, without pooling and classifier."""
+    layers = resnet101(replace_stride_with_dilation=[False, True, True]).named_children()
+    return nn.Sequential(OrderedDict((name, layer) for name, layer in layers if name not in ("avgpool", "fc")))
+
+
+# ---------------------------------------------------------------------------------------------------- the toy's CNN
+
+class Residual(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.conv1, self.bn1 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+        self.conv2, self.bn2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels)
+
+    def forward(self, x):
+        return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
+
+
+def toy_trunk(width=64, blocks=3):
+    """The small residual CNN at stride 4 of the toy world's mask generator, whose weights it takes."""
+    return nn.Sequential(nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU(),
+                         nn.Conv2d(width // 2, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+                         *(Residual(width) for _ in range(blocks)))
+
+
+# ------------------------------------------------------------------------------------------------ VPL, phase 2
+
+class Layer(nn.Module):
+    """A transformer block: self-attention and MLP, each after a LayerNorm and added."""
+
+    def __init__(self, width, heads):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        y = self.norm1(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+class ClipDecoder(nn.Module):
+    """VPL's second phase: a decoder over the frozen CLIP, whose pixels V are compared with the vision prototypes W.
+
+    The patches of every block but the last, each through an MLP of two layers, are concatenated and mixed; three transformer blocks; V in CLIP's joint
+    space. logit = cos(V, W) / tau_I, the background's the logsumexp over its columns. `encode`: images -> list of (B, N, channels), grid (h, w)."""
+
+    # Differs from the paper: it says "decoder" and no more; this one is of WeCLIP's kind, the frozen CLIP's decoder it compares itself with.
+
+    window = None
+
+    def __init__(self, encode, channels, blocks, prototypes, num_classes, tau, width=256, heads=8, layers=3):
+        super().__init__()
+        self.encode, self.num_classes = encode, num_classes
+        self.steps = nn.ModuleList(nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, width))
+                                   for _ in range(blocks))
+        self.mix = nn.Linear(blocks * width, width)
+        self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
+        self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, prototypes.shape[1]))
+        self.register_buffer("prototypes", prototypes.clone())    # W (M, D): classes, then backgrounds; saved with the weights
+        self.register_buffer("tau", torch.tensor(float(tau)))
+
+    def forward(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> logits (B, 1 + C, H, W); in training also those of the grid (B, 1 + C, h, w) and V (B, D, h, w)"""
+        with torch.no_grad():
+            tokens, (h, w) = self.encode(images)
+        x = self.mix(torch.cat([step(x) for step, x in zip(self.steps, tokens)], -1))                 # (B, N, width)
+        for layer in self.layers:
+            x = layer(x)
+        v = self.project(x).float()                                                   # (B, N, D)
+        with torch.autocast(images.device.type, enabled=False):                       # 1 / tau makes much of small differences: float32
+            logits = F.normalize(v, dim=-1) @ self.prototypes.T / self.tau            # (B, N, M)
+        background = logits[..., self.num_classes:].logsumexp(-1, keepdim=True)
+        coarse = torch.cat([background, logits[..., :self.num_classes]], -1).transpose(1, 2).unflatten(2, (h, w))
+        logits = F.interpolate(coarse, images.shape[-2:], mode="bilinear", align_corners=False)
+        return (logits, coarse, v.transpose(1, 2).unflatten(2, (h, w))) if self.training else logits
+
+    def groups(self, lr):
+        return [{"params": list(self.parameters()), "lr": lr}]
+
+    def rest_batchnorm(self):
+        """It has none."""
+
+
+# ---------------------------------------------------------------------------------------------------------- prediction
+
+@torch.no_grad()
+def predict(model, images, scales=(1.0,), flip=True):
+    """RGB in [0, 1] (B, 3, H, W) -> probabilities (B, 1 + C, H, W): the mean of the softmax over scales and flips."""
+    size, total = images.shape[-2:], 0
+    for scale in scales:
+        scaled = images
+        if scale != 1:
+            scaled = F.interpolate(images, [max(1, round(n * scale)) for n in size], mode="bilinear", align_corners=False)
+        for mirrored in (False, True)[:1 + flip]:
+            p = windows(model, scaled.flip(-1) if mirrored else scaled).float().softmax(1)
+            p = F.interpolate(p, size, mode="bilinear", align_corners=False) if p.shape[-2:] != size else p
+            total = total + (p.flip(-1) if mirrored else p)
+    return total / (len(scales) * (1 + flip))
+
+
+def windows(model, images):
+    """Logits (B, 1 + C, H, W), averaged where the model's windows overlap; in one piece if it has none or the picture fits into one."""
+    H, W = images.shape[-2:]
+    if model.window is None or max(H, W) <= model.window[0]:
+        return model(images)
+    side, stride = model.window
+    total, count = 0, images.new_zeros(H, W)
+    for y in starts(H, side, stride):
+        for x in starts(W, side, stride):
+            part = model(images[..., y:y + side, x:x + side]).float()
+            around = (x, max(0, W - x - side), y, max(0, H - y - side))
+            total = total + F.pad(part, around)
+            count[y:y + side, x:x + side] += 1
+    return total / count
+
+
+def starts(length, side, stride):
+    """Where windows begin: every stride, the last one at the edge."""
+    return [*range(0, max(1, length - side), stride), max(0, length - side)] if length > side else [0]
+
+
+# ------------------------------------------------------------------------------------------------- making and loading
+
+def build_segmenter(name, num_classes, init=None):
+    """A network for `num_classes` classes besides the background. `init`: None, "imagenet" (downloaded once), or a file: weights of the
+    backbone alone (torchvision's ResNet-101, the toy's backbone.pt), or a whole network of ours."""
+    if name == "deeplabv2_resnet101":
+        model = DeepLabV2(dilated_resnet101(), 2048, num_classes, stride=8, dilations=(6, 12, 18, 24))
+    elif name == "deeplab_toy":
+        model = DeepLabV2(toy_trunk(), 64, num_classes, stride=4, dilations=(1, 2, 4, 6))
+    else:
+        raise ValueError(f"segmenter {name}: not one of {', '.join(NAMES)}")
+    if init is not None:
+        state = download_imagenet(name) if init == "imagenet" else state_of(read(init), init)
+        load_strictly(init, model.load_state_dict if "aspp.0.weight" in state else model.load_backbone, state)
+    return model
+
+
+def download_imagenet(name):
+    if name != "deeplabv2_resnet101":
+        raise ValueError(f"segmenter {name} has no ImageNet weights: give the file of its backbone, or none")
+    weights = ResNet101_Weights.IMAGENET1K_V1
+    try:
+        return weights.get_state_dict(check_hash=True)
+    except Exception as error:                                    # no connection, another hash, a torn file: each raises its own
+        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
+        raise ValueError(f"no ImageNet weights ({error}): put {weights.url} at {place}, or give --init FILE or --init none") from None
+
+
+def build_decoder(encode, channels, blocks, content, width=256):
+    """VPL's ClipDecoder with the prototypes of a prototypes.pt."""
+    return ClipDecoder(encode, channels, blocks, content["model"]["prototypes"], len(content["classes"]), content["tau_i"], width)
+
+
+def load_segmenter(path, encode=None):
+    """seg.pt -> the network in eval mode, whatever its kind and its number of classes. A clip_decoder needs `encode`, its frozen CLIP."""
+    content = read(path)
+    state, args = state_of(content, path), content.get("args")
+    if content.get("stage") != "seg" or not {"aspp.0.bias", "prototypes"} & state.keys():
+        raise ValueError(f"{path}: not a segmentation network of ours (train_seg.py writes seg.pt)")
+    if "prototypes" in state:
+        first, blocks = state["steps.0.1.weight"], sum(name.startswith("steps.") and name.endswith(".1.weight") for name in state)
+        model = ClipDecoder(encode, first.shape[1], blocks, state["prototypes"], len(content["classes"]), state["tau"].item(), len(first))
+    else:
+        model = build_segmenter(args["model"], len(state["aspp.0.bias"]) - 1)
+    load_strictly(path, model.load_state_dict, state)
+    return model.eval()
+
+
+def read(path):
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such file of weights")
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                    # zip, pickle and torch each raise their own for a foreign file
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+
+
+def state_of(content, path):
+    """The state dict of a checkpoint, out of a {"model": ...} wrapper if there is one."""
+    state = content.get("model", content) if isinstance(content, dict) else {}
+    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
+        raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model'")
+    return state
+
+
+def load_strictly(path, load, state):
+    """Every name and shape must fit, and the first that does not is named."""
+    try:
+        load(state)
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None
