@@ -21,7 +21,7 @@ SEG="--model deeplab_toy --train-batchnorm --crop 97 --min-scale 0.75 --max-scal
 PREDICT="--scales 1 --batch-size 32 --no-crf"
 LOCALISE="--no-affinity --prompt single --tau-t 0.0665"
 PROTOTYPES="--tau-i 0.1995 --no-label-mask --no-background-pixels --features value --steps 300"
-DECODER="--model clip_decoder --optimizer adamw --lr 3e-3 --width 128 --crop 96 --min-scale 1 --max-scale 1 --batch-size 16 --iterations 240"
+DECODER="--model clip_decoder --lambda-rsc 0.1 --optimizer adamw --lr 2e-3 --width 64 --crop 96 --min-scale 1 --max-scale 1 --batch-size 8 --iterations 500"
 
 if [ -n "${LOOK:-}" ]; then
     PICTURES="--train 24 --val 8"

@@ -8,6 +8,9 @@ share the draw, the classification start and stage (a). Every row after (a) is t
     text       (c), prompts by the text term alone       image    (c), prompts by the image term alone
     full       (c), prompts by Eq. 2
 
+More rows by --rows: lambda_<x>, from_cls, joint, alternate_<n>, and vision_a, vision_c: (a) and (c) with --targets vision, VPL's prototypes
+in place of texts and prompts.
+
 The threshold was fixed beforehand. Ground truth only scores. Beside mIoU: which share of the objects is lit (recall), which share of
 their own background (own), and that share at the threshold where the row's recall equals that of `match` (own at equal recall).
 
@@ -113,10 +116,20 @@ def run_pair(number, args):
     stage("train_cls.py", *shared(base), *flags["CLS"], "--start", world / "backbone.pt")
     if "cls" not in found:
         score("cls", base, "cls")
-    stage("train_match.py", *shared(base), *clip, *flags["MATCH"])
+    waiting = [row for row in args.rows if row not in found]
+    if "match" not in found or any(not row.startswith("vision") for row in waiting):
+        stage("train_match.py", *shared(base), *clip, *flags["MATCH"])
     if "match" not in found:
         score("match", base, "match")
-    for name in [row for row in args.rows if row not in found]:
+    for name in waiting:
+        if name.startswith("vision"):
+            out, vision = root / "vision", [*clip, "--targets", "vision"]
+            stage("vpl.py", *shared(out), *clip, *flags["LOCALISE"], *flags["PROTOTYPES"])
+            stage("train_match.py", *shared(out), *vision, *flags["MATCH"], "--init", base / "cls.pt")
+            if name == "vision_c":
+                stage("train_refine.py", *shared(out), *vision, *flags["REFINE"])
+            score(name, out, "match" if name == "vision_a" else "refine")
+            continue
         prompt, refine = rows_after_match(name, base)
         out = root / name
         if prompt is not None:
@@ -135,7 +148,8 @@ def missing(path, rows, draw):
     if not path.exists():
         return True
     before = json.loads(path.read_text())
-    if before["recipe"] != recipe() or before["draw"] != draw:
+    now = recipe()
+    if any(flags != now.get(name) for name, flags in before["recipe"].items()) or before["draw"] != draw:
         sys.exit(f"{path} was made by another recipe of run_toy.sh or another draw: take another --out")
     return not set(rows) <= set(before["rows"])
 

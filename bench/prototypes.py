@@ -116,7 +116,7 @@ def phase2_cell(world):
     world.learn(out, *ROWS["value seeds"])
     found["vision"] = world.maps(out, "vision", split="val")
     world.maps(out, "vision", split="train")                       # its masks are in masks_vision_train
-    for name, more in (("decoder", ["--lambda-rsc", 0]), ("decoder + RSC", [])):
+    for name, more in (("decoder", ["--lambda-rsc", 0]), ("decoder + RSC", ["--lambda-rsc", 1]), ("decoder + RSC .1", ["--lambda-rsc", .1])):
         net = world.root / name.replace(" ", "_")
         net.mkdir(exist_ok=True)
         if not (net / "prototypes.pt").exists():
@@ -157,8 +157,9 @@ def phase2_table(cells, clips):
     lines = ["| row | val mIoU | by draw | paired difference |", "|---|---|---|---|"]
     steps = [("text maps at .4", "text", "@0.4"), ("text maps at .4, softened", "text, softened", "@0.4"), ("vision maps at .4", "vision", "@0.4"),
              ("vision + CRF", "vision", "CRF"), ("text, softened, + CRF", "text, softened", "CRF"), ("decoder on the masks", "decoder", "net"),
-             ("decoder + RSC", "decoder + RSC", "net"), ("decoder + RSC + CRF", "decoder + RSC", "net + CRF")]
-    against = {"vision maps at .4": 1, "vision + CRF": 4, "decoder + RSC": 5, "decoder + RSC + CRF": 6}
+             ("decoder + RSC, lambda 1", "decoder + RSC", "net"), ("decoder + RSC, lambda .1", "decoder + RSC .1", "net"),
+             ("decoder + CRF", "decoder", "net + CRF"), ("decoder + RSC, lambda .1, + CRF", "decoder + RSC .1", "net + CRF")]
+    against = {"vision maps at .4": 1, "vision + CRF": 4, "decoder + RSC, lambda 1": 5, "decoder + RSC, lambda .1": 5, "decoder + RSC, lambda .1, + CRF": 8}
     columns = [np.array([cell["rows"][row][key] for cell in cells]) for _, row, key in steps]
     for (name, *_), column in zip(steps, columns):
         less = f"{interval(column - columns[against[name]])} to {steps[against[name]][0]}" if name in against else ""
