@@ -39,8 +39,8 @@ def parse():
     p.add_argument("--what", choices=["cam", "pseudo", "masks", "seg"], required=True, help="maps, pseudo masks, the masks in --pred, or the network")
     p.add_argument("--pred", type=Path, help="folder of <id>.png label maps (--what masks)")
     g = p.add_argument_group("--what cam, pseudo")
-    g.add_argument("--cam", default="cam", help="folder of maps in --out")
-    g.add_argument("--pseudo", default="pseudo", help="folder of pseudo masks in --out")
+    g.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out")
+    g.add_argument("--pseudo", type=common.name, default="pseudo", help="folder of pseudo masks in --out")
     g.add_argument("--background", choices=["constant", "power"], default="constant",
                    help="background score of a map: a constant, or (1 - max)^alpha as in CLIP-ES")
     g.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO)")
@@ -54,6 +54,7 @@ def parse():
     g.add_argument("--clip", help="CLIP of a clip_decoder, if it is not where it was in training")
     g.add_argument("--save", action="store_true", help="keep the predictions; those that are there are not made again")
     g.add_argument("--images", type=Path, help="folder of your own pictures to predict: no --data, no truth")
+    g.add_argument("--max-side", type=common.natural, default=640, help="--images: larger pictures are predicted at this longer side; 0: as they are")
     g.add_argument("--voc-test", action="store_true", help="predict VOC's test split and write the server's archive (comp6), checked")
     args = p.parse_args()
     if (args.what == "masks") != (args.pred is not None):
@@ -137,7 +138,8 @@ def score_masks(args, folder, ids, env):
 class Photos:
     """A folder of somebody's own pictures, by file name without ending; as much of data.Folder as prediction needs."""
 
-    def __init__(self, root):
+    def __init__(self, root, max_side):
+        self.max_side = max_side
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is no folder: --images is a folder of pictures")
         self.paths = {}
@@ -152,15 +154,20 @@ class Photos:
         return self.paths[id]
 
     def image(self, id):
-        return data.to_float(data.load_image(self.paths[id]))
+        image = data.load_image(self.paths[id])
+        if self.max_side:                                                   # a phone's 12 million pixels would take 37 GB at the default scales
+            image.thumbnail((self.max_side, self.max_side), Image.BICUBIC)
+        return data.to_float(image)
 
 
-def finish(id, image, probability, args, classes, where, device="cpu"):
-    """Picture (H, W, 3) uint8 and its probabilities (1 + C, H, W) -> (id, label map); written if asked."""
+def finish(id, picture, image, probability, args, classes, where, device="cpu"):
+    """A picture as it was predicted (H, W, 3) uint8 and its probabilities (1 + C, H, W) -> (id, label map); written if asked."""
     if args.crf:
         probability = crf.dense_crf(image, probability, args.preset, device=device)
     mask = np.uint8(np.asarray(probability).argmax(0))
     if args.images:
+        image = data.load_image(picture)                                    # at its full size again
+        mask, image = np.array(Image.fromarray(mask).resize(image.size, Image.NEAREST)), np.array(image)
         with data.atomic(where / f"{id}.jpg") as beside:
             overlay(image, mask, classes).save(beside, format="JPEG", quality=92)
     if args.save:                                                           # last: it marks the picture as finished
@@ -188,13 +195,13 @@ def overlay(image, mask, classes):
 def load_network(args, env):
     """<out>/seg.pt on its device; VPL's decoder with the frozen CLIP it was trained on."""
     path = args.out / "seg.pt"
-    before = common.load(path, "seg")["args"]
-    if before["model"] != "clip_decoder":
+    content = common.load(path, "seg")
+    if content["args"]["model"] != "clip_decoder":
         return segmenter.load_segmenter(path).to(env.device)
-    name = args.clip or before["clip"]
-    if common.inputs(clip=name)["clip"] != before["inputs"]["clip"]:
-        raise ValueError(f"{path} was trained on another CLIP than {name}: give its file with --clip")
+    name = args.clip or content["args"]["clip"]
     clip = env.in_turn(lambda: clip_model.load_clip(name, env.device))
+    if clip.fingerprint() != content["clip"]:
+        raise ValueError(f"{path} was trained on another CLIP than {name}: give its name or file with --clip")
     return segmenter.load_segmenter(path, lambda images: gradcam.block_outputs(clip, images)).to(env.device)
 
 
@@ -204,16 +211,16 @@ def predict(args, folder, ids, classes, env, where):
     done = [id for id in mine if args.save and (where / f"{id}.png").exists()]
     todo = [id for id in mine if id not in set(done)]
     model = load_network(args, env)
-    loader = data.by_size(folder, todo, args.batch_size, env, 0 if args.crf else args.workers)
+    busy = args.workers if args.crf and env.device.type == "cpu" else 0     # the CRF is what takes time; a GPU does it faster itself
+    loader = data.by_size(folder, todo, args.batch_size, env, 0 if busy else args.workers)
 
     def tasks():
         for numbers, images in loader:
             with env.autocast():
                 probabilities = segmenter.predict(model, images.to(env.device, non_blocking=True), args.scales, args.flip).cpu().numpy()
             for i, image, probability in zip(numbers, images, probabilities):
-                yield todo[i], np.uint8((255 * image).round().permute(1, 2, 0)), probability, args, classes, where, env.device
+                yield todo[i], folder.picture(todo[i]), np.uint8((255 * image).round().permute(1, 2, 0)), probability, args, classes, where, env.device
 
-    busy = args.workers if args.crf and env.device.type == "cpu" else 0     # the CRF is what takes time; a GPU does it faster itself
     made = common.pooled(finish, tasks(), busy, where)
     kept = ((id, data.load_mask(where / f"{id}.png", len(classes))) for id in done)
     yield from env.progress(chain(kept, made), "predictions", len(mine))
@@ -223,13 +230,17 @@ def score_network(args, folder, ids, classes, env):
     """Confusion matrix (1, C, C + 1) of the network's predictions, zeros where there is no truth to score with. Says what was predicted."""
     where = args.out / "pred" / (args.images.resolve().name if args.images else args.split)
     if args.save:
-        common.open_folder(where, args, env, FREE, classes=classes)
+        common.open_folder(where, args, env, FREE, classes=classes, data=(args.images or args.data).resolve().name)
     count = len(classes) + 1
     total, pixels = torch.zeros(1, count, count + 1, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
     for id, mask in predict(args, folder, ids, classes, env, where):
         pixels += torch.from_numpy(np.bincount(mask.ravel(), minlength=256))
         if not (args.images or args.voc_test):
-            metrics.add(total[0], metrics.confusion(folder.truth(id), mask, count))
+            truth = folder.truth(id)
+            if truth.shape != mask.shape:
+                raise ValueError(f"{folder.mask_path(id)} is {truth.shape[1]}x{truth.shape[0]}, the prediction {mask.shape[1]}x{mask.shape[0]}: "
+                                 f"a mask has its picture's size; if the prediction is of another picture, remove {where}")
+            metrics.add(total[0], metrics.confusion(truth, mask, count))
     pixels = env.sum(pixels).cpu()
     if env.main:
         never = [name for name, n in zip(classes, pixels[1:].tolist()) if n == 0]
@@ -304,7 +315,9 @@ def show(found):
 def main():
     args = parse()
     env = common.Env(args)
-    folder = Photos(args.images) if args.images else data.Folder(args.data)
+    if args.images and args.images.resolve().parent == (args.out / "pred").resolve():
+        raise ValueError(f"{args.images} is where predictions are written: move the pictures to another folder")
+    folder = Photos(args.images, args.max_side) if args.images else data.Folder(args.data)
     ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
     if args.voc_test and (folder.classes != data.VOC_CLASSES or len(ids) != VOC_TEST):
         raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} pictures in its split test, VOC 2012 has 20 and {VOC_TEST:,}")

@@ -41,10 +41,10 @@ def parse():
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="add the maps of the mirrored picture (default: for S)")
     p.add_argument("--stride", type=common.positive, default=1, help="store maps at 1/STRIDE of the picture's size: 4 takes 1/16 of the disk")
     p.add_argument("--format", choices=list(FORMATS), help="also write what another project reads")
-    p.add_argument("--cam", default="cam", help="folder in --out for the maps, to keep those of several sources side by side")
+    p.add_argument("--cam", type=common.name, default="cam", help="folder in --out for the maps, to keep those of several sources side by side")
     p.add_argument("--sheets", type=common.natural, default=32, help="pictures to show on contact sheets")
     g = common.localising(p)
-    g.add_argument("--tau-i", type=float, help="temperature for vision prototypes (default: the one they were learned with)")
+    g.add_argument("--tau-i", type=common.above_zero, help="temperature for vision prototypes (default: the one they were learned with)")
     args = p.parse_args()
     by_clip = args.source in GRADCAM
     args.scales = args.scales or ([1.0] if by_clip else [1.0, 1.2])
@@ -53,8 +53,8 @@ def parse():
         p.error("--init is a generator: it goes with --source cls, match or refine")
     if args.cache and (not by_clip or args.scales != [1.0] or args.flip):
         p.error("--cache goes with --source text or vision, one scale of 1 and no flip")
-    if min(args.scales) <= 0 or args.tau_t <= 0 or (args.tau_i or 1) <= 0:
-        p.error("--scales, --tau-t and --tau-i are above 0")
+    if min(args.scales) <= 0:
+        p.error("--scales are above 0")
     return args
 
 
@@ -113,18 +113,18 @@ def open_clip(args, folder, env):
         columns, tau = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template)), args.tau_t
         weights = args.inputs["clip"] or args.clip
     else:
-        content = common.load_prototypes(args, folder)
+        content = common.load_prototypes(args, folder, clip)
         columns, tau, weights = content["model"]["prototypes"].to(env.device), args.tau_i or content["tau_i"], common.fingerprint(args.out / "prototypes.pt")
     box = args.box if args.affinity else None
 
     def maps(images, b, k, ids):
-        look = lambda: gradcam.last_inputs(clip, images)
+        look = lambda: gradcam.last_inputs(clip, images, size=gradcam.within(images.shape[-2:], args.max_side))
         seen = gradcam.stored_inputs(args.out / "cache", ids, look) if args.cache else look()
         x, attention, grid = (part.to(env.device) if torch.is_tensor(part) else part for part in seen)
         return gradcam.class_maps(clip, x, attention, grid, columns, len(folder.classes), b, k, 1 / tau, box)
 
     if args.cache:
-        common.open_folder(args.out / "cache", argparse.Namespace(resume=args.resume, clip=args.clip, amp=args.amp, inputs=args.inputs), env, ("clip",))
+        common.open_folder(args.out / "cache", argparse.Namespace(resume=args.resume, amp=args.amp, max_side=args.max_side), env, (), keep=True, clip=clip.fingerprint())
     return maps, weights
 
 
@@ -214,7 +214,8 @@ def main():
     args.inputs = common.inputs(clip=args.clip) if args.source in GRADCAM else {}
     maps, weights = (open_clip if args.source in GRADCAM else open_generator)(args, folder, env)
 
-    common.open_folder(args.out / args.cam, args, env, FREE, weights=weights, classes=folder.classes)
+    unused = {"vision": ("prompt", "template", "tau_t"), "text": ("tau_i",)}.get(args.source, ())
+    common.open_folder(args.out / args.cam, args, env, FREE + unused, weights=weights, classes=folder.classes)
     for name in ["sheets"] + ([f"{args.cam}_{args.format}"] if args.format else []):
         (args.out / name).mkdir(exist_ok=True)
     make(maps, folder, ids, labels, args, env)

@@ -23,8 +23,8 @@ from wsss import common, crf, data
 
 def parse():
     p = common.parser(__doc__)
-    p.add_argument("--cam", default="cam", help="folder of maps in --out")
-    p.add_argument("--pseudo", default="pseudo", help="folder in --out for the masks, to keep those of several sources side by side")
+    p.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out")
+    p.add_argument("--pseudo", type=common.name, default="pseudo", help="folder in --out for the masks, to keep those of several sources side by side")
     p.add_argument("--background", choices=["constant", "power"], default="constant", help="background score: a constant, or (1 - max)^alpha as in CLIP-ES")
     p.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO); raise it if masks swallow the background")
     p.add_argument("--alpha", type=float, default=1.0, help="exponent of --background power")
@@ -53,9 +53,9 @@ def pseudo_mask(image, classes, cam, args, device="cpu"):
     return mask
 
 
-def make(folder, id, label, args, device="cpu"):
+def make(picture, id, label, args, device="cpu"):
     """Writes the mask of one picture -> pixels of every label value (256,)."""
-    image = np.array(data.load_image(folder.picture(id)))
+    image = np.array(data.load_image(picture))
     classes, cam = data.load_cam(args.out / args.cam / f"{id}.npy", label, image.shape[:2])
     mask = pseudo_mask(image, classes, cam, args, device)
     data.save_mask(args.out / args.pseudo / f"{id}.png", mask)
@@ -94,8 +94,8 @@ def main():
     pixels = np.zeros(256, np.int64)
     for n in set(mine) - set(todo):
         pixels += np.bincount(data.load_mask(where / f"{ids[n]}.png", len(folder.classes)).ravel(), minlength=256)
-    gpu = env.device.type == "cuda"                               # one GPU is faster than the processes that would share it
-    tasks = ((folder, ids[n], labels[n].numpy(), args, env.device) for n in todo)
+    gpu = env.device.type == "cuda" and args.backend != "pydensecrf"       # one GPU is faster than the processes that would share it
+    tasks = ((folder.picture(ids[n]), ids[n], labels[n].numpy(), args, env.device) for n in todo)
     made = common.pooled(make, tasks, 0 if gpu else args.workers, where)
     for count in env.progress(made, "pseudo masks", len(mine), len(mine) - len(todo)):
         pixels += count

@@ -47,7 +47,7 @@ def main():
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
     if vision:
-        class_text = common.load_prototypes(args, folder)["model"]["prototypes"][:len(folder.classes)].to(env.device)
+        class_text = common.load_prototypes(args, folder, clip)["model"]["prototypes"][:len(folder.classes)].to(env.device)
     else:
         class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
     if not args.init:

@@ -82,7 +82,10 @@ def main():
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
     if vision:
-        class_text, grounds = common.load_prototypes(args, folder)["model"]["prototypes"].to(env.device).tensor_split([len(folder.classes)])
+        content = common.load_prototypes(args, folder, clip)
+        if not content["args"]["learn_background"]:
+            raise ValueError(f"{args.out / 'prototypes.pt'}: its backgrounds are texts still: run vpl.py with --learn-background")
+        class_text, grounds = content["model"]["prototypes"].to(env.device).tensor_split([len(folder.classes)])
     else:
         class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
     if not args.init:

@@ -103,14 +103,16 @@ def on_grid(masks, size):
     return masks[:, rows[:, None], columns]
 
 
-def pixel_losses(logits, target):
-    """Cross-entropy of every pixel that has a label.   (B, 1 + C, h, w), (B, h, w) -> (n,)"""
-    return F.cross_entropy(logits.float(), target, ignore_index=data.IGNORE, reduction="none")[target != data.IGNORE]
+def pixel_loss(logits, target):
+    """Mean cross-entropy over the pixels of all processes that have a label.   (B, 1 + C, h, w), (B, h, w) -> scalar"""
+    return common.mean(F.cross_entropy(logits.float(), target, ignore_index=data.IGNORE, reduction="none"), target != data.IGNORE)
 
 
 def build(args, folder, env):
     """The network on its device, its BatchNorm settled."""
     init = None if args.init == "none" else args.init
+    if init and init != "imagenet" and "stage" in segmenter.read(init):
+        common.load(init, "seg", folder.classes)                                # a whole network: of these classes, in this order
     if args.model != "clip_decoder":
         model = segmenter.build_segmenter(args.model, len(folder.classes), init).to(env.device)
         if not args.train_batchnorm:
@@ -121,9 +123,10 @@ def build(args, folder, env):
     if not hasattr(visual, "transformer"):
         raise ValueError(f"--clip {args.clip} is no vision transformer: clip_decoder reads its blocks")
     model = segmenter.build_decoder(lambda images: gradcam.block_outputs(clip, images), visual.conv1.out_channels, len(visual.transformer.resblocks) - 1,
-                                    common.load_prototypes(args, folder), args.width)
+                                    common.load_prototypes(args, folder, clip), args.width)
     if init:
         common.load_weights(model, common.load(init, "seg", folder.classes)["model"], init)
+    model.clip = clip.fingerprint()
     return model.to(env.device)
 
 
@@ -171,7 +174,7 @@ def main():
             logits, coarse, v = predictions
             predictions = [logits]
         targets = [on_grid(masks, logits.shape[2:]) for logits in predictions]
-        ce = sum(common.mean(pixel_losses(logits, target)) for logits, target in zip(predictions, targets))
+        ce = sum(pixel_loss(logits, target) for logits, target in zip(predictions, targets))
         rsc = region_loss(coarse, v, masks, model.prototypes, args.tau_rsc, env, batches.batch_size) if decoder and args.lambda_rsc else 0 * ce
         loss = args.lambda_ce * ce + args.lambda_rsc * rsc                      # VPL Eq. 14; DeepLab has the first term only
         lr = optimizer.param_groups[0]["lr"]
@@ -181,8 +184,8 @@ def main():
         with torch.no_grad():
             label, target = predictions[-1].argmax(1), targets[-1]              # (B, h, w) each
             scored = target != data.IGNORE
-            meter.add(numbers, loss=loss, ce=ce, rsc=rsc, accuracy=common.mean((label == target)[scored].float()),
-                      foreground=common.mean((label > 0)[scored].float()), scored=common.mean(scored.float()))
+            meter.add(numbers, loss=loss, ce=ce, rsc=rsc, accuracy=common.mean((label == target).float(), scored),
+                      foreground=common.mean((label > 0).float(), scored), scored=common.mean(scored.float()))
         save = step == args.iterations or step % args.save_every == 0
         if save or step % args.log_every == 0:
             log(step, lr=lr, **meter.read(ids))
@@ -190,7 +193,7 @@ def main():
             common.save_state(last, model, optimizer, schedule, scaler, 0, step, args)
 
     if env.main:
-        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args))
+        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args), clip=getattr(model, "clip", None))
     env.close(f"{out} is finished")
 
 

@@ -30,7 +30,7 @@ from wsss import clip_model, common, data, gradcam, losses
 def parse():
     p = common.parser(__doc__, batch_size=16)
     common.localising(p)
-    p.add_argument("--tau-i", type=float, default=0.03, help="temperature of the softmax over vision prototypes (Table 5); larger than --tau-t")
+    p.add_argument("--tau-i", type=common.above_zero, default=0.03, help="temperature of the softmax over vision prototypes (Table 5); larger than --tau-t")
     p.add_argument("--phi", type=float, default=0.4, help="least map value of a marked pixel (Table 6); up to 0.5 it matters only with --no-background-pixels: each pixel is marked as one or the other")
     p.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
                    help="mark background pixels too; --no-background-pixels: only the seeds of classes")
@@ -46,21 +46,16 @@ def parse():
     p.add_argument("--max-pixels", type=common.natural, default=4_000_000,
                    help="bound on marked pixels, 2 D bytes each: every picture keeps at most its share, drawn by chance; 0: all")
     p.add_argument("--steps", type=common.positive, default=3000, help="steps of gradient descent over all pixels (T_w, Table 7)")
-    p.add_argument("--lr", type=float, default=10.0, help="first rate; it halves whenever the norm of the gradient grows")
+    p.add_argument("--lr", type=common.above_zero, default=10.0, help="first rate; it halves whenever the norm of the gradient grows")
     p.add_argument("--log-every", type=common.positive, default=50, help="steps between two lines of the log")
     p.add_argument("--save-every", type=common.positive, default=500, help="steps between two states to resume from")
-    return p.parse_args()
+    args = p.parse_args()
+    if not 0 < args.phi <= 1:
+        p.error("--phi: maps go from 0 to 1, so it is above 0 and at most 1")
+    return args
 
 
 DESCENT = ("tau_i", "target", "label_mask", "steps", "lr", "batch_size")     # what <out>/features does not depend on
-
-
-def check(args):
-    for name in ("tau_t", "tau_i", "lr"):
-        if not 0 < getattr(args, name) < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be above 0")
-    if not 0 < args.phi <= 1 or not 0 <= args.box < 1:
-        raise ValueError(f"--phi {args.phi} --box {args.box}: maps go from 0 to 1, so phi is above 0 and at most 1, box at least 0 and below 1")
 
 
 def stored(args, id):
@@ -97,11 +92,11 @@ def choose(x, marked, number, quota, args):
 @torch.no_grad()
 def collect(clip, texts, folder, ids, labels, args, env):
     """Writes the features of this process's pictures that are not there yet."""
-    mine = [n for n in env.shard(range(len(ids))) if not (args.resume and stored(args, ids[n]).exists())]
+    mine = [n for n in env.shard(range(len(ids))) if not stored(args, ids[n]).exists()]
     quota = args.max_pixels // len(ids) if args.max_pixels else float("inf")
     for batch, images in env.progress(data.by_size(folder, [ids[n] for n in mine], args.batch_size, env, args.workers), "features"):
         numbers = [mine[i] for i in batch]
-        look = lambda: gradcam.last_inputs(clip, images.to(env.device, non_blocking=True))
+        look = lambda: gradcam.last_inputs(clip, images.to(env.device, non_blocking=True), size=gradcam.within(images.shape[-2:], args.max_side))
         with env.autocast():
             seen = gradcam.stored_inputs(args.out / "cache", [ids[n] for n in numbers], look) if args.cache else look()
         x, attention, grid = (part.to(env.device) if torch.is_tensor(part) else part for part in seen)
@@ -144,7 +139,6 @@ def read_features(texts, ids, labels, args, env):
 
 def main():
     args = parse()
-    check(args)
     env = common.Env(args)
     out, last = args.out / "prototypes.pt", args.out / "prototypes.last.pt"
     args.inputs = common.inputs(clip=args.clip)
@@ -160,8 +154,8 @@ def main():
     texts = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template))     # Z (M, D): classes, then backgrounds
 
     if args.cache:
-        common.open_folder(args.out / "cache", argparse.Namespace(resume=args.resume, clip=args.clip, amp=args.amp, inputs=args.inputs), env, ("clip",))
-    common.open_folder(args.out / "features", args, env, DESCENT, classes=classes, backgrounds=folder.backgrounds)
+        common.open_folder(args.out / "cache", argparse.Namespace(resume=args.resume, amp=args.amp, max_side=args.max_side), env, (), keep=True, clip=clip.fingerprint())
+    common.open_folder(args.out / "features", args, env, DESCENT, keep=True, classes=classes, backgrounds=folder.backgrounds)
     collect(clip, texts, folder, ids, labels, args, env)
     env.barrier()
     x, p_text, pixels = read_features(texts, ids, labels, args, env)
@@ -174,7 +168,9 @@ def main():
     gap = lambda W: (mean - W[:len(W) if args.learn_background else len(classes)].double().mean(0)).norm().item()
 
     W, lr, norm, begin = texts.double(), args.lr, torch.inf, 0
-    if args.resume and last.exists():
+    if not args.resume:
+        out.unlink(missing_ok=True), last.unlink(missing_ok=True)
+    if last.exists():
         state = common.load(last, "descent", classes, env.device)
         common.same_recipe(last, state["args"], args)
         W, lr, norm, begin = (state[name] for name in ("W", "lr", "norm", "step"))
@@ -196,7 +192,7 @@ def main():
     unseen = [name for name, count in zip(classes, pixels) if count == 0]
     if env.main:
         common.save(out, stage="prototypes", model={"prototypes": W.float().cpu(), "text": texts.cpu()}, classes=classes,
-                    backgrounds=folder.backgrounds, gap=gaps, pixels=pixels, tau_t=args.tau_t, tau_i=args.tau_i, args=common.plain(args))
+                    backgrounds=folder.backgrounds, clip=clip.fingerprint(), gap=gaps, pixels=pixels, tau_t=args.tau_t, tau_i=args.tau_i, args=common.plain(args))
         print(f"{n} {args.pool}s: {', '.join(f'{name} {count}' for name, count in zip([*classes, 'background'], pixels))}")
         if unseen:
             print(f"no {args.pool} is marked as {', '.join(unseen)}: these prototypes are only what the pixels of others make of them")

@@ -180,7 +180,7 @@ def main():
     p.add_argument("--only", type=int, help="run this cell in this process (used by --jobs)")
     args = p.parse_args()
     kind, cell, table = ("sweeps", sweep_cell, sweep_table) if args.sweeps else ("phase2", phase2_cell, phase2_table) if args.phase2 else ("main", main_cell, main_table)
-    args.out = args.out / kind
+    args.out = (args.out / kind).resolve()
     args.out.mkdir(parents=True, exist_ok=True)
     path = lambda n: args.out / f"pair_{n}.json"
     if args.only is not None:

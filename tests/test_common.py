@@ -327,3 +327,23 @@ def test_pool_draws_tasks_when_there_is_room(workers):
 def test_a_dead_process_of_the_pool_is_one_line():
     with pytest.raises(ValueError, match="^there: a worker process died.*fewer --workers"):
         list(common.pooled(leave, ((x,) for x in range(5)), 2, "there"))
+
+
+def test_a_dead_loader_process_is_one_line(capsys):
+    def main():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+    with pytest.raises(SystemExit) as leaving:
+        common.run(main)
+    assert "a loader process died" in str(leaving.value) and "fewer --workers" in str(leaving.value)
+
+
+def test_a_folder_in_out_is_a_name():
+    assert common.name("cam_2") == "cam_2"
+    for wrong in ("", "a/b", "..", ".hidden", "a\\b"):
+        with pytest.raises(argparse.ArgumentTypeError, match="no name"):
+            common.name(wrong)
+
+
+def test_mean_over_some_of_the_values():
+    values, where = torch.tensor([[1., 2.], [3., float("nan")]]), torch.tensor([[True, False], [True, False]])
+    assert common.mean(values, where).item() == 2 and common.mean(values, torch.zeros(2, 2, dtype=torch.bool)).item() == 0

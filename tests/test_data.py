@@ -427,3 +427,22 @@ def test_batches_are_shared_out_the_same_for_any_process_count():
     one.start(epoch=3)
     assert list(one) != whole
     assert len(data.Batches(3, 64, One())) == 1 and len(list(data.Batches(3, 64, One()))[0]) == 3
+
+
+def test_maps_must_fit_their_picture(tmp_path):
+    fits, wrong = [(375, 500), (188, 250), (94, 125), (24, 32), (23, 31)], [(374, 500), (376, 500), (500, 375), (750, 1000), (188, 188)]
+    for h, w in fits + wrong:
+        data.save_cam(tmp_path / "x.npy", np.zeros((1, h, w)))
+        if (h, w) in fits:
+            data.load_cam(tmp_path / "x.npy", [1, 0], (375, 500))
+        else:
+            with pytest.raises(ValueError, match=f"maps of {w}x{h} do not fit"):
+                data.load_cam(tmp_path / "x.npy", [1, 0], (375, 500))
+
+
+def test_an_unknown_orientation_turns_nothing(tmp_path):
+    image = Image.fromarray(np.zeros((20, 30, 3), np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = 9
+    image.save(tmp_path / "x.jpg", exif=exif)
+    assert data.picture_size(tmp_path / "x.jpg") == data.load_image(tmp_path / "x.jpg").size[::-1] == (20, 30)

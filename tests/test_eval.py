@@ -141,7 +141,7 @@ def test_two_processes_score_as_one(voc, tmp_path):
     (lambda v, o: (o / "cam/a_2.npy").unlink(), [], ["a_2.npy is missing", "make_cam.py"]),
     (lambda v, o: np.save(o / "cam/a_2.npy", np.array([{}])), [], ["a_2.npy is not a plain .npy"]),
     (lambda v, o: data.save_cam(o / "cam/a_2.npy", np.zeros((1, 3, 3))), [], ["a_2.npy has 1 maps", "2 classes"]),
-    (lambda v, o: data.save_cam(o / "cam/a_2.npy", np.full((2, 3, 3), np.nan)), [], ["a_2.npy holds NaN"]),
+    (lambda v, o: np.save(o / "cam/a_2.npy", np.full((2, 3, 3), np.nan, np.float16)), [], ["a_2.npy holds NaN"]),
     (lambda v, o: (v / "SegmentationClass/a_2.png").unlink(), [], ["a_2.png is missing", "scoring needs true masks"]),
     (lambda v, o: data.save_mask(v / "SegmentationClass/a_2.png", np.full((34, 40), 9)), [], ["a_2.png holds label 9"]),
     (lambda v, o: (v / "labels.txt").write_text("a_1 zebra\n"), [], ["'zebra' is not in classes.txt"]),
@@ -267,6 +267,11 @@ def test_a_folder_of_photographs(voc, tmp_path):
     assert data.load_mask(out / "pred/mine/p1.png", 3).shape == (30, 50)
     with Image.open(out / "pred/mine/p1.jpg") as overlay:
         assert overlay.size[0] == 50 and overlay.size[1] > 30                   # the legend is below
+    done = call("eval.py", *flags, "--max-side", "20", "--no-resume")             # predicted small, written at the picture's size
+    assert done.returncode == 0 and data.load_mask(out / "pred/mine/p1.png", 3).shape == (30, 50)
+    mask = data.load_mask(out / "pred/mine/p1.png", 3).astype(int)
+    assert np.abs(np.diff(mask, axis=1)).any(0).sum() <= 19                     # of 20 columns
+    refused(call("eval.py", *flags[:5], out / "pred/mine", *flags[6:]), "is where predictions are written")
     Image.new("RGB", (9, 9)).save(photos / "p1.png")
     refused(call("eval.py", *flags), "p1.png", "p1.jpg", "rename one")
     refused(call("eval.py", *flags[:5], tmp_path / "none", *flags[6:]), "none is no folder")
@@ -295,6 +300,14 @@ def test_the_server_archive(tmp_path, monkeypatch):
     assert not (out / "comp6_test.tgz").exists()
     monkeypatch.setattr(script, "VOC_TEST", 1456)
     refused(call("eval.py", *flags), "3 pictures in its split test", "1,456")
+
+
+def test_a_prediction_of_another_size_than_the_truth_is_named(voc, tmp_path):
+    """A transposed mask has as many pixels: it must not be scored."""
+    put_network(tmp_path / "out")
+    data.save_mask(voc / "SegmentationClass/a_2.png", data.Folder(voc).truth("a_2").T)
+    flags = ("--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "seg", "--device", "cpu", "--no-crf", "--workers", "0", "--scales", "1")
+    refused(call("eval.py", *flags), "a_2.png is 34x40, the prediction 40x34")
 
 
 def test_a_network_of_other_classes_is_refused(voc, tmp_path):

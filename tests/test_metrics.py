@@ -61,7 +61,7 @@ def test_against_scikit_learn():
 
 
 def test_refuses_what_cannot_be_scored():
-    with pytest.raises(ValueError, match="pixels"):
+    with pytest.raises(ValueError, match="prediction"):
         metrics.confusion([0, 1], [0], 2)
     with pytest.raises(ValueError, match="label 7"):
         metrics.confusion([0, 7], [0, 0], 2)

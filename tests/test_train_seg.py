@@ -56,12 +56,13 @@ def test_labels_lie_under_their_logits():
     assert train_seg.on_grid(masks, (7, 4)).tolist() == [want]                               # scale .75, on the grid of 25 x 13 pixels
 
 
-def test_pixel_losses_are_the_cross_entropies_of_labelled_pixels():
+def test_pixel_loss_is_the_mean_cross_entropy_of_labelled_pixels():
     torch.manual_seed(0)
     logits, target = torch.randn(2, 3, 2, 2), torch.tensor([[[0, 255], [2, 1]], [[255, 255], [1, 0]]])
     want = [math.log(logits[b, :, i, j].exp().sum()) - logits[b, target[b, i, j], i, j].item()
             for b in range(2) for i in range(2) for j in range(2) if target[b, i, j] != 255]
-    assert train_seg.pixel_losses(logits, target).tolist() == pytest.approx(want, abs=1e-6)
+    assert train_seg.pixel_loss(logits, target).item() == pytest.approx(sum(want) / len(want), abs=1e-6)
+    assert train_seg.pixel_loss(logits, torch.full_like(target, 255)).item() == 0             # a batch without a label is no NaN
 
 
 def test_logged_loss_is_the_loss_of_that_batch(world):
@@ -305,3 +306,25 @@ def test_the_manual_names_flags_that_exist():
     assert help.returncode == 0
     for flag in set(re.findall(r"--[a-z-]+", train_seg.__doc__)) - {"--nproc"}:              # torchrun's
         assert flag in help.stdout
+
+
+def test_masks_need_no_image_labels(world, tmp_path):
+    root = make_folder(tmp_path / "data")
+    (root / "labels.txt").unlink()
+    (root / "SegmentationClass").rename(tmp_path / "masks")
+    done = call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--iterations", "1"))
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_whole_network_of_other_classes_is_no_start(world, tmp_path):
+    root = make_folder(tmp_path / "data")
+    (root / "SegmentationClass").rename(tmp_path / "masks")
+    (root / "classes.txt").write_text("boat\ntrain\ncow\n")
+    refused(call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--init", world / "out/seg.pt")), "seg.pt was trained on other classes")
+    assert call("train_seg.py", *flags(world, tmp_path / "same", "--init", world / "out/seg.pt", "--iterations", "1")).returncode == 0
+
+
+def test_a_damaged_state_is_one_line(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/seg.last.pt").write_bytes(b"torn")
+    refused(call("train_seg.py", *flags(world, tmp_path / "out")), "seg.last.pt is damaged", "remove it")

@@ -245,9 +245,11 @@ def test_finished_is_skipped_and_another_recipe_refused(world, tmp_path):
 # ---------------------------------------------------------------- bad input
 
 def test_refused_in_one_line(world, tmp_path):
-    for more, words in ((["--tau-t", "0"], "--tau-t 0.0: must be above 0"), (["--tau-i", "-1"], "--tau-i"), (["--lr", "nan"], "--lr nan"),
-                        (["--phi", "0"], "phi is above 0"), (["--phi", "1.5"], "phi is above 0"), (["--box", "1"], "--box 1.0"),
-                        (["--max-pixels", "4"], "less than one for each of 5 pictures"), (["--clip", "ViT-Z/1"], "ViT-Z/1: no such file")):
+    for more in (["--tau-t", "0"], ["--tau-i", "-1"], ["--lr", "nan"], ["--phi", "0"], ["--phi", "1.5"], ["--box", "1"]):
+        done = call("vpl.py", *flags(world, tmp_path, *more))
+        assert done.returncode == 2 and more[0] in done.stderr
+    for more, words in ((["--max-pixels", "4"], "less than one for each of 5 pictures"), (["--clip", "ViT-Z/1"], "ViT-Z/1: no such file"),
+                        (["--template", "a {x}"], "a text with one {} in it"), (["--template", "a {} of {}"], "a text with one {} in it")):
         refused(call("vpl.py", *flags(world, tmp_path, *more)), words)
     assert not list(tmp_path.glob("*.pt"))
 

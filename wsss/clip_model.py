@@ -5,6 +5,7 @@
     u_b = BackgroundPrompts(clip, num_classes=20)()                                   # (C, D), SemPLeS 3.2.2
 """
 
+import hashlib
 import warnings
 from pathlib import Path
 
@@ -68,6 +69,13 @@ class FrozenClip(nn.Module):
 
     def train(self, mode=True):
         return super().train(False)
+
+    def fingerprint(self):
+        """Says which CLIP this is, whether it came by name or from a file."""
+        digest = hashlib.sha256()
+        for weight in (self.model.visual.conv1.weight, self.model.text_projection):
+            digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     def normalize(self, images, fill="mean"):
         """(B, 3, H, W) RGB in [0, 1] -> (B, 3, size, size), what CLIP's image encoder expects.

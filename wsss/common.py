@@ -83,9 +83,10 @@ def localising(p):
     g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a vision transformer")
     g.add_argument("--prompt", choices=["single", "ensemble"], default="ensemble", help="texts of classes and backgrounds (VPL Table 4)")
     g.add_argument("--template", help="another template than --prompt's")
-    g.add_argument("--tau-t", type=float, default=0.01, help="temperature of CLIP's own softmax over texts: 1 / its logit scale")
+    g.add_argument("--tau-t", type=above_zero, default=0.01, help="temperature of CLIP's own softmax over texts: 1 / its logit scale")
     g.add_argument("--affinity", action=argparse.BooleanOptionalAction, default=True, help="refine the maps by attention (CLIP-ES's CAA)")
-    g.add_argument("--box", type=float, default=0.4, help="refined inside the boxes of a map's parts above this share of its maximum (0.7: COCO)")
+    g.add_argument("--box", type=share, default=0.4, help="refined inside the boxes of a map's parts above this share of its maximum (0.7: COCO)")
+    g.add_argument("--max-side", type=natural, default=640, help="CLIP sees larger pictures at this longer side (VOC's and COCO's are not); 0: as they are")
     g.add_argument("--cache", action="store_true", help="keep what enters CLIP's last block in <out>/cache, half precision: a later pass starts from there")
     return g
 
@@ -115,6 +116,26 @@ def positive(text):
     if natural(text) == 0:
         raise argparse.ArgumentTypeError("must be at least 1")
     return int(text)
+
+
+def name(text):
+    if not text or text.startswith(".") or set(text) & set("/\\"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no name of a folder in --out")
+    return text
+
+
+def above_zero(text):
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def share(text):
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in [0, 1)")
+    return value
 
 
 def plain(args):
@@ -215,12 +236,14 @@ class Env:
             dist.destroy_process_group()
 
 
-def mean(values):
-    """Mean over the values (P,) of all ranks, such that DDP's average of gradients is the gradient of that mean.
+def mean(values, where=None):
+    """Mean over the values (P,) of all ranks, or over those `where` says, such that DDP's average of gradients is the gradient of that mean.
 
     Ranks hold different numbers of pairs, so the mean of per-rank means would weigh pairs differently:
     sum * world / count, with the count summed over ranks. A rank with no pair contributes a zero that has a gradient."""
     count = torch.full((), values.numel(), dtype=torch.float32, device=values.device)      # filled on the device: nothing waits
+    if where is not None:
+        values, count = torch.where(where, values, 0), where.sum().float()
     world = 1
     if dist.is_initialized():
         dist.all_reduce(count)
@@ -324,7 +347,7 @@ def inputs(**paths):
     found = {}
     for name, path in paths.items():
         note = Path(path) / "recipe.json"
-        found[name] = fingerprint(path) if Path(path).is_file() else read_json(note)["fingerprint"] if note.exists() else None
+        found[name] = fingerprint(path) if Path(path).is_file() else read_json(note).get("fingerprint") if note.exists() else None
     return found
 
 
@@ -349,13 +372,13 @@ def load(path, stage=None, classes=None, map_location="cpu"):
     return content
 
 
-def load_prototypes(args, folder):
-    """<out>/prototypes.pt (vpl.py), learned for this folder's classes and backgrounds with the CLIP of now."""
+def load_prototypes(args, folder, clip):
+    """<out>/prototypes.pt (vpl.py), learned for this folder's classes and backgrounds with this CLIP."""
     path = args.out / "prototypes.pt"
     content = load(path, "prototypes", folder.classes)
     if content["backgrounds"] != folder.backgrounds:
         raise ValueError(f"{path} was learned with other backgrounds ({describe(content['backgrounds'])}) than --data names: run vpl.py again")
-    if (content["args"]["inputs"]["clip"] or content["args"]["clip"]) != (args.inputs["clip"] or args.clip):
+    if content["clip"] != clip.fingerprint():
         raise ValueError(f"{path} was learned with another --clip ({content['args']['clip']}): give the same, or run vpl.py with this one")
     return content
 
@@ -393,21 +416,27 @@ def same_recipe(path, before, args, free=()):
         raise ValueError(f"{path} was made with {', '.join(other)}: take another --out, or --no-resume to replace it")
 
 
-def open_folder(folder, args, env, free, **facts):
+def open_folder(folder, args, env, free, keep=False, **facts):
     """Claims a folder of many files for one recipe: what lies there must be of the same arguments, those in `free` left aside, and `facts`.
 
-    The note that says so, recipe.json, is written before the first file. <folder>.json, which stands for a finished folder, goes."""
-    note = folder / "recipe.json"
-    if args.resume and note.exists():
-        before = read_json(note)
-        same_recipe(folder, before["args"], args, free)
-        for name, now in facts.items():
-            if before[name] != now:
-                raise ValueError(f"{folder} was made with other {name} ({short(before[name])}, now {short(now)}): take another --out, or --no-resume to replace it")
+    The note that says so, recipe.json, is written before the first file. <folder>.json, which stands for a finished folder, goes.
+    --no-resume empties the folder; with `keep`, for what several stages use, only if it is of another recipe."""
+    note, same = folder / "recipe.json", True
+    if note.exists():
+        try:
+            before = read_json(note)
+            same_recipe(folder, before["args"], args, free)
+            for name, now in facts.items():
+                if before.get(name) != now:
+                    raise ValueError(f"{folder} was made with other {name} ({short(before.get(name))}, now {short(now)}): take another --out, or --no-resume to replace it")
+        except ValueError:
+            if args.resume:
+                raise
+            same = False
     env.barrier()
     if env.main:
         folder.mkdir(parents=True, exist_ok=True)
-        if not args.resume:
+        if not args.resume and not (keep and same):
             for path in [path for ending in ("npy", "png", "pt") for path in folder.glob(f"*.{ending}")]:
                 path.unlink()
         folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
@@ -439,9 +468,14 @@ def save_state(path, model, optimizer, scheduler, scaler, epoch, step, args):
 def load_state(path, model, optimizer, scheduler, scaler, args):
     """-> (epoch, step) to go on from; (0, 0) when there is nothing to resume."""
     path = Path(path)
-    if not path.exists() or not args.resume:
+    if not args.resume:                                       # what is there is to be replaced: an interrupted run then goes on, not back to it
+        path.unlink(missing_ok=True), path.with_name(path.name.replace(".last", "")).unlink(missing_ok=True)
+    if not path.exists():
         return 0, 0
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:                                # zip, pickle and torch each raise their own for a damaged file
+        raise ValueError(f"{path} is damaged ({(str(error).splitlines() or [type(error).__name__])[0]}): remove it, the stage then starts again") from error
     same_recipe(path, state["args"], args)
     load_weights(model, state["model"], path)
     optimizer.load_state_dict(state["optimizer"])
@@ -543,8 +577,10 @@ def run(main):
     except KeyboardInterrupt:
         print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing finished is lost: run the same command again", file=sys.stderr)
         sys.exit(130)
-    except RuntimeError as error:                             # gloo and nccl, when another rank has left with its own line
-        if not dist.is_initialized() or not re.search("peer|closed|aborted", str(error), re.I):
+    except RuntimeError as error:
+        if "DataLoader worker" in str(error):                 # killed; what it raises itself keeps its type
+            sys.exit(f"{Path(sys.argv[0]).name}: a loader process died, most likely out of memory: run the same command again with fewer --workers")
+        if not dist.is_initialized() or not re.search("peer|closed|aborted", str(error), re.I):      # gloo and nccl, when another rank has left
             raise
         sys.exit(1)
     except (OSError, ValueError) as error:

@@ -33,8 +33,8 @@ def dense_crf(image, prob, preset="weaktr", iterations=10, backend="auto", devic
     if preset not in PRESETS:
         raise ValueError(f"no CRF preset {preset!r}: there are {', '.join(PRESETS)}")
     prob = torch.as_tensor(prob)
-    if prob.ndim != 3 or not prob.numel() or prob.isnan().any():
-        raise ValueError(f"the CRF takes scores (C, H, W) without NaN, not {tuple(prob.shape)} with {prob.isnan().sum()} NaN")
+    if prob.ndim != 3 or not prob.numel() or not prob.isfinite().all():
+        raise ValueError(f"the CRF takes scores (C, H, W) without NaN or infinity, not {tuple(prob.shape)} with {(~prob.isfinite()).sum()} of them")
     parameters = dict(PRESETS[preset])
     unary = labels_unary(prob.argmax(0), len(prob)) if parameters.pop("unary") == "labels" else softmax_unary(prob)
     return mean_field(unary, image, **parameters, iterations=iterations, backend=backend, device=device)

@@ -253,6 +253,8 @@ def read_cls_labels(path, classes):
 
 def class_texts(classes, template="a photo of {}.", synonyms=False):
     """Texts for CLIP: `template` over class names; CLIP-ES's synonyms in the name if asked."""
+    if template.count("{}") != 1 or set(template.replace("{}", "")) & {"{", "}"}:
+        raise ValueError(f"--template {template!r}: a text with one {{}} in it, where the class's name goes")
     return [template.format(SYNONYMS.get(name, name) if synonyms else name) for name in classes]
 
 
@@ -291,7 +293,7 @@ def picture_size(path):
     """(height, width) as load_image returns it, from the header alone."""
     try:
         with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) >= 5                        # EXIF orientations that swap the sides
+            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)                        # EXIF orientations that swap the sides
             return image.size if turned else image.size[::-1]
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
@@ -390,8 +392,11 @@ def present(labels):
 
 def save_cam(path, cam):
     """Maps (P, h, w), one row per present class, ascending -> plain float16 .npy."""
+    cam = np.asarray(cam, dtype=np.float16)
+    if not np.isfinite(cam).all():
+        raise ValueError(f"{path}: its maps are not finite: look at the picture, take --amp bf16 or off, or other weights")
     with atomic(path) as beside, open(beside, "wb") as file:
-        np.save(file, np.asarray(cam, dtype=np.float16), allow_pickle=False)
+        np.save(file, cam, allow_pickle=False)
 
 
 def load_cam(path, labels, size=None):
@@ -412,8 +417,9 @@ def load_cam(path, labels, size=None):
         raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
     if not np.isfinite(cam).all():
         raise ValueError(f"{path} holds NaN or infinity: remove it and run make_cam.py again")
-    if size is not None and abs(cam.shape[1] * size[1] - cam.shape[2] * size[0]) >= sum(size):        # each side rounded by less than a cell
-        raise ValueError(f"{path}: maps of {cam.shape[2]}x{cam.shape[1]} do not fit their picture of {size[1]}x{size[0]}: run make_cam.py again")
+    h, w = cam.shape[1:]
+    if size is not None and (h > size[0] or w > size[1] or abs(h * size[1] - w * size[0]) >= max(size)):      # both sides rounded alike, by less than a cell
+        raise ValueError(f"{path}: maps of {w}x{h} do not fit their picture of {size[1]}x{size[0]}: run make_cam.py again")
     return classes, cam.astype(np.float32)
 
 
@@ -494,7 +500,7 @@ class Samples(Dataset):
 
     def __init__(self, folder, ids, transform, seed=0, masks=None):
         """`masks`: id -> path of a label map, for segmentation; the mask is then transformed with the picture."""
-        self.folder, self.ids, self.labels = folder, ids, folder.labels(ids)
+        self.folder, self.ids, self.labels = folder, ids, folder.labels(ids) if masks is None else None
         self.transform, self.seed, self.masks = transform, seed, masks
 
     def __len__(self):

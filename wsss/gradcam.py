@@ -25,10 +25,10 @@ def at_least_float32(x):
 # ------------------------------------------------------------------------------------------------- the forward pass
 
 @torch.no_grad()
-def run_blocks(clip, images, size=None):
+def run_blocks(clip, images, size=None, look=True):
     """(B, 3, H, W) RGB in [0, 1] -> per block what enters it (B, 1 + N, width) and its attention between patches (B, N, N), mean over heads; grid (h, w)
 
-    The picture, or `size` (H, W) if given, is resized to the nearest multiples of the patch, and the position embedding to that grid."""
+    Without `look` no attention is made, and memory grows with N, not N^2. The picture, or `size` (H, W) if given, is resized to the nearest multiples of the patch, and the position embedding to that grid."""
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
         raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: GradCAM reads a vision transformer, take ViT-B/16")
@@ -42,13 +42,21 @@ def run_blocks(clip, images, size=None):
 
     inputs, attention = [x], []
     for block in visual.transformer.resblocks:
-        x = inputs[-1]
-        q, k, v, A = attend(block.attn, layer_norm(block.ln_1, x))
-        attention.append(A[:, :, 1:, 1:].mean(1))
-        if block is not visual.transformer.resblocks[-1]:
-            x = x + block.attn.out_proj(merge(A.to(v.dtype) @ v))
+        last, x = block is visual.transformer.resblocks[-1], inputs[-1]
+        if look:
+            _, _, v, A = attend(block.attn, layer_norm(block.ln_1, x))
+            attention.append(A[:, :, 1:, 1:].mean(1))
+        if not last:
+            o = A.to(v.dtype) @ v if look else F.scaled_dot_product_attention(*queries_keys_values(block.attn, layer_norm(block.ln_1, x)))
+            x = x + block.attn.out_proj(merge(o))
             inputs.append(x + block.mlp(layer_norm(block.ln_2, x)))
     return inputs, attention, (h, w)
+
+
+def within(size, longest):
+    """(H, W), made smaller if its longer side is over `longest`; 0: never"""
+    factor = min(1, longest / max(size)) if longest else 1
+    return tuple(round(n * factor) for n in size)
 
 
 def last_inputs(clip, images, layers=8, size=None):
@@ -59,7 +67,7 @@ def last_inputs(clip, images, layers=8, size=None):
 
 def block_outputs(clip, images):
     """-> the patch tokens that every block but the last puts out, a list of (B, N, width); grid (h, w)"""
-    inputs, _, grid = run_blocks(clip, images)
+    inputs, _, grid = run_blocks(clip, images, look=False)
     return [x[:, 1:] for x in inputs[1:]], grid
 
 
@@ -73,7 +81,12 @@ def stored_inputs(folder, ids, make):
             torch.save([*(tensor.clone() for tensor in tensors), list(grid)], beside)
             os.replace(beside, path)                                                  # a file that exists is whole
         return x.half().float(), attention.half().float(), grid
-    stored = [torch.load(path, weights_only=True) for path in paths]
+    stored = []
+    for path in paths:
+        try:
+            stored.append(torch.load(path, weights_only=True))
+        except Exception as error:                                                    # zip, pickle and torch each raise their own for a torn file
+            raise ValueError(f"{path} is damaged ({(str(error).splitlines() or [type(error).__name__])[0]}): remove it and run again") from None
     x, attention = (torch.stack([row[i] for row in stored]).float() for i in (0, 1))
     return x, attention, tuple(stored[0][2])
 
@@ -102,9 +115,14 @@ def merge(x):
     return x.transpose(1, 2).flatten(2)
 
 
+def queries_keys_values(attn, u):
+    """u (B, n, width) -> q, k, v (B, heads, n, d)"""
+    return [split(part, attn.num_heads) for part in F.linear(u, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)]
+
+
 def attend(attn, u):
     """u (B, n, width) -> q, k, v (B, heads, n, d), softmax(q k / sqrt d) (B, heads, n, n)"""
-    q, k, v = (split(part, attn.num_heads) for part in F.linear(u, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1))
+    q, k, v = queries_keys_values(attn, u)
     return q, k, v, at_least_float32(q * attn.head_dim ** -0.5 @ k.mT).softmax(-1)
 
 

@@ -98,7 +98,8 @@ def assignment(x, prototypes, tau, allowed=None):
 
     `allowed` (n, C) bool leaves columns out of a pixel's softmax: they get 0."""
     x, prototypes = at_least_float32(x, prototypes)
-    logits = x @ prototypes.T / tau
+    with torch.autocast(x.device.type, enabled=False):
+        logits = x @ prototypes.T / tau
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     return logits.softmax(1)
@@ -110,7 +111,8 @@ def prototype_loss(x, w, p_text, tau_i):
     KL(P' || P) differs by the entropy of P', which no W changes. With 0-1 rows for P' it is Eq. 3."""
     # Differs from the paper: a mean where it writes a sum, or the rate 10 would mean something else for every number of pixels.
     x, w, p_text = at_least_float32(x, w, p_text)
-    return -(p_text * (x @ w.T / tau_i).log_softmax(1)).sum(1).mean()
+    with torch.autocast(x.device.type, enabled=False):
+        return -(p_text * (x @ w.T / tau_i).log_softmax(1)).sum(1).mean()
 
 
 @torch.no_grad()
@@ -119,11 +121,13 @@ def prototype_gradient(x, w, p_text, tau_i, chunk=8192):
 
     Sums over pixels, `chunk` at a time: the sums of several processes add up, and only `chunk` rows of P are ever in memory."""
     gradient, loss = torch.zeros_like(w, dtype=torch.float64), torch.zeros((), dtype=torch.float64, device=w.device)
-    for part, target in zip(x.split(chunk), p_text.split(chunk)):
-        part, target = at_least_float32(part, target)
-        log_p = (part @ w.to(part.dtype).T / tau_i).log_softmax(1)                    # (chunk, C)
-        gradient += (log_p.exp() - target).T @ part / tau_i
-        loss -= (target * log_p).sum()
+    with torch.autocast(x.device.type, enabled=False):
+        for part, target in zip(x.split(chunk), p_text.split(chunk)):
+            part, = at_least_float32(part)
+            target = target.to(part.dtype)
+            log_p = (part @ w.to(part.dtype).T / tau_i).log_softmax(1)                # (chunk, C)
+            gradient += (log_p.exp() - target).T @ part / tau_i
+            loss -= (target * log_p).sum()
     return gradient, loss
 
 
@@ -157,7 +161,8 @@ def region_embeddings(v, a):
     A must not be negative; a region without any weight is 0."""
     v, a = at_least_float32(v, a)
     weight = a.sum((2, 3)).unsqueeze(2)                                               # (B, C, 1)
-    return torch.einsum("bchw,bdhw->bcd", a, v) / torch.where(weight > 0, weight, 1)
+    with torch.autocast(v.device.type, enabled=False):
+        return torch.einsum("bchw,bdhw->bcd", a, v) / torch.where(weight > 0, weight, 1)
 
 
 def region_contrast(regions, w, labels, tau):

@@ -7,9 +7,10 @@ def confusion(truth, prediction, num_classes):
 
     255 in the truth is left out. A prediction outside 0..C-1 (255) is a miss: it counts against its true class and for none,
     in one more column, (C, C + 1), which is there only if there are misses."""
-    truth, prediction = (torch.as_tensor(x).long().flatten() for x in (truth, prediction))
+    truth, prediction = (torch.as_tensor(x).long() for x in (truth, prediction))
     if truth.shape != prediction.shape:
-        raise ValueError(f"truth has {truth.numel()} pixels, prediction {prediction.numel()}")
+        raise ValueError(f"truth is {tuple(truth.shape)}, prediction {tuple(prediction.shape)}")
+    truth, prediction = truth.flatten(), prediction.flatten()
     scored = truth != 255
     truth, prediction = truth[scored], prediction[scored]
     if truth.numel() and (truth.max() >= num_classes or truth.min() < 0):
