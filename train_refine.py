@@ -149,7 +149,8 @@ def main():
         skip = 0
 
     if env.main:
-        common.save(out, stage="refine", model=model["S"].state_dict(), prompts=model["prompts"].state_dict(), classes=folder.classes, args=common.plain(args))
+        extra = {} if vision else {"prompts": model["prompts"].state_dict()}
+        common.save(out, stage="refine", model=model["S"].state_dict(), classes=folder.classes, args=common.plain(args), **extra)
     env.close(f"{out} is finished")
 
 

@@ -125,7 +125,10 @@ def build(args, folder, env):
     model = segmenter.build_decoder(lambda images: gradcam.block_outputs(clip, images), visual.conv1.out_channels, len(visual.transformer.resblocks) - 1,
                                     common.load_prototypes(args, folder, clip), args.width)
     if init:
+        here = model.prototypes.clone()
         common.load_weights(model, common.load(init, "seg", folder.classes)["model"], init)
+        if not torch.equal(here, model.prototypes):
+            raise ValueError(f"{init} was trained with other prototypes than {args.out / 'prototypes.pt'}: put its own there")
     model.clip = clip.fingerprint()
     return model.to(env.device)
 

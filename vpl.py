@@ -44,7 +44,7 @@ def parse():
                    help="learn the backgrounds' prototypes too; --no-learn-background leaves them at their texts and drops background pixels")
     # Differs from the paper: it sets no bound. VOC's train_aug has about 7 million patches of 16 pixels, COCO's train about 90.
     p.add_argument("--max-pixels", type=common.natural, default=4_000_000,
-                   help="bound on marked pixels, 2 D bytes each: every picture keeps at most its share, drawn by chance; 0: all")
+                   help="bound on marked pixels, 2 D bytes each and 4 for every column of P': every picture keeps at most its share, drawn by chance; 0: all")
     p.add_argument("--steps", type=common.positive, default=3000, help="steps of gradient descent over all pixels (T_w, Table 7)")
     p.add_argument("--lr", type=common.above_zero, default=10.0, help="first rate; it halves whenever the norm of the gradient grows")
     p.add_argument("--log-every", type=common.positive, default=50, help="steps between two lines of the log")
