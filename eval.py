@@ -166,10 +166,9 @@ def finish(id, picture, image, probability, args, classes, where, device="cpu"):
         probability = crf.dense_crf(image, probability, args.preset, device=device)
     mask = np.uint8(np.asarray(probability).argmax(0))
     if args.images:
-        image = data.load_image(picture)                                    # at its full size again
-        mask, image = np.array(Image.fromarray(mask).resize(image.size, Image.NEAREST)), np.array(image)
         with data.atomic(where / f"{id}.jpg") as beside:
             overlay(image, mask, classes).save(beside, format="JPEG", quality=92)
+        mask = np.array(Image.fromarray(mask).resize(data.picture_size(picture)[::-1], Image.NEAREST))      # at the photograph's size again
     if args.save:                                                           # last: it marks the picture as finished
         data.save_mask(where / f"{id}.png", mask)
     return id, mask
