@@ -143,7 +143,8 @@ def test_a_killed_worker_and_a_killed_run_go_on_to_the_same_masks(tmp_path):
     flags = [str(x) for x in ("--data", voc, "--out", out, "--split", "train", "--device", "cpu", "--preset", "deeplab", "--iterations", "60")]
 
     def start_and_strike(strike, at_least):
-        process = subprocess.Popen([sys.executable, "make_pseudo.py", *flags, "--workers", "1"], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen([sys.executable, "make_pseudo.py", *flags, "--workers", "1"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))       # a shell's background job ignores it
         while len(list((out / "pseudo").glob("*.png"))) < at_least and process.poll() is None:
             time.sleep(0.005)
         strike(process)

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, call
 
 STAGES = sorted(path.name for path in ROOT.glob("*.py"))
 
@@ -42,13 +42,26 @@ def test_the_suite_is_what_ci_runs():
     assert "bash run_tests.sh" in README and "run_tests.sh" in (ROOT / ".ci/run").read_text()
 
 
+RECORDER = """#!/usr/bin/env bash
+# A python that writes down the stages it is asked to run, a line each, and does everything else.
+case "$1" in *.py) printf '%q ' "$@" >> "$RECORD"; echo >> "$RECORD";; *) exec {python} "$@";; esac
+"""
+
+
 def test_the_toy_run(tmp_path):
-    """`bash run_toy.sh` as a stranger types it, on few pictures."""
+    """`bash run_toy.sh` as a stranger types it, on few pictures: its stages in its order, in this process (27 starts would take 90 seconds)."""
     assert "bash run_toy.sh" in README
-    bin_dir = os.path.dirname(sys.executable)
-    env = {**os.environ, "LOOK": "1", "DATA": str(tmp_path / "toy"), "OUT": str(tmp_path / "out"), "OMP_NUM_THREADS": "1", "PATH": f"{bin_dir}:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "run_toy.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text(RECORDER.format(python=sys.executable))
+    (tmp_path / "bin/python3").chmod(0o755)
+    env = {**os.environ, "LOOK": "1", "DATA": str(tmp_path / "toy"), "OUT": str(tmp_path / "out"), "RECORD": str(tmp_path / "stages"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "run_toy.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "look at" in done.stdout, done.stdout + done.stderr
+    stages = [shlex.split(line) for line in (tmp_path / "stages").read_text().splitlines()]
+    assert len(stages) > 20 and all(done.stdout.count(f"== {script}") for script, *_ in stages)
+    for script, *flags in stages:
+        done = call(script, *flags)
+        assert done.returncode == 0, (script, flags, done.stderr)
     out = tmp_path / "out"
     assert all((out / f"{name}.pt").exists() for name in ("cls", "match", "prompts", "refine")) and len(list((out / "cam_refine").glob("*.npy"))) == 24
     assert len(list((out / "pseudo").glob("*.png"))) == 24 and (out / "eval_pseudo_train.json").exists()
