@@ -62,4 +62,5 @@ stage eval.py $shared --what pseudo
 stage train_seg.py $shared $clip $DECODER
 stage eval.py $shared --split val --what seg $PREDICT --save
 
-echo "== look at $OUT/sheets/*.png and $OUT/vpl/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"
+stage report.py --data "$DATA" --out "$OUT" --split train --workers 0 --amp off
+echo "== look at $OUT/report.html; $OUT/sheets/*.png and $OUT/vpl/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"

@@ -65,6 +65,6 @@ def test_the_toy_run(tmp_path):
     out = tmp_path / "out"
     assert all((out / f"{name}.pt").exists() for name in ("cls", "match", "prompts", "refine")) and len(list((out / "cam_refine").glob("*.npy"))) == 24
     assert len(list((out / "pseudo").glob("*.png"))) == 24 and (out / "eval_pseudo_train.json").exists()
-    assert (out / "seg.pt").exists() and len(list((out / "pred/val").glob("*.png"))) == 8 and (out / "eval_seg_val.json").exists()
+    assert (out / "report.html").exists() and (out / "seg.pt").exists() and len(list((out / "pred/val").glob("*.png"))) == 8 and (out / "eval_seg_val.json").exists()
     assert all((out / "vpl" / name).exists() for name in ("prototypes.pt", "seg.pt", "eval_cam_vision_train.json", "eval_cam_text_soft_train.json", "eval_seg_val.json"))
     assert all((out / f"eval_cam_{source}_train.json").exists() and (out / f"sheets/cam_{source}_0.png").exists() for source in ("cls", "match", "refine"))
