@@ -17,7 +17,7 @@ def commands(text):
     """Command lines of the fenced bash blocks of a README, or the indented ones of a docstring; continued lines joined, comments cut."""
     blocks = re.findall(r"```bash\n(.*?)```", text, re.S) or [text]
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if re.match(r"\s*(python|bash|torchrun|[A-Z]+=\S+ bash) ", line)]
+    return [line.split(" #")[0].strip() for line in lines if re.match(r"\s*(python|torchrun|([A-Z]+=\S+ )*bash) ", line)]
 
 
 README = commands((ROOT / "README.md").read_text())
@@ -49,14 +49,15 @@ case "$1" in *.py) printf '%q ' "$@" >> "$RECORD"; echo >> "$RECORD";; *) exec {
 
 
 def test_the_toy_run(tmp_path):
-    """`bash run_toy.sh` as a stranger types it, on few pictures: its stages in its order, in this process (27 starts would take 90 seconds)."""
-    assert "bash run_toy.sh" in README
+    """`bash run_voc.sh` as a stranger types it, without a VOC, on few pictures: run_toy.sh's stages in its order, in this process (27 starts would take 90 seconds)."""
+    assert "bash run_voc.sh" in README
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python3").write_text(RECORDER.format(python=sys.executable))
     (tmp_path / "bin/python3").chmod(0o755)
     env = {**os.environ, "LOOK": "1", "DATA": str(tmp_path / "toy"), "OUT": str(tmp_path / "out"), "RECORD": str(tmp_path / "stages"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    done = subprocess.run(["bash", "run_toy.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "look at" in done.stdout, done.stdout + done.stderr
+    env.pop("VOC", None)
+    done = subprocess.run(["bash", "run_voc.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "look at" in done.stdout and "no VOC given" in done.stdout, done.stdout + done.stderr
     stages = [shlex.split(line) for line in (tmp_path / "stages").read_text().splitlines()]
     assert len(stages) > 20 and all(done.stdout.count(f"== {script}") for script, *_ in stages)
     for script, *flags in stages:

@@ -1,0 +1,264 @@
+"""run_voc.sh and run_coco.sh. The shell runs them with a python on the PATH that writes down what it is told to do; each line is then
+done in this process (a start costs seconds), on a stand-in in VOC's and in COCO's own layout, with CLIPs that only lack depth."""
+import importlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, call, refused
+from PIL import Image
+
+import prepare_data
+from wsss import data
+
+METHODS = {"semples": "train_cls train_match train_prompt train_refine make_cam eval make_pseudo eval train_seg eval".split(),
+           "vpl": "vpl make_cam eval make_pseudo eval train_seg eval".split(),
+           "clip_es": "make_cam eval make_pseudo eval train_seg eval".split()}
+STUB = """#!/bin/sh
+case $1 in -c | -W) exit 0 ;; esac                   # setup.sh asks whether all is installed
+printf '%s\\037' "$@" >>"$RECORD"; echo >>"$RECORD"
+exit "${STATUS:-0}"
+"""
+
+
+@pytest.fixture
+def shell(tmp_path):
+    """shell("run_voc.sh", *flags, VOC=...) -> the finished bash, the lines python was given as lists of words."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/python3").write_text(STUB)
+    (tmp_path / "bin/python3").chmod(0o755)
+
+    def bash(script, *flags, **variables):
+        record = tmp_path / "record"
+        record.unlink(missing_ok=True)
+        known = ("VOC", "SBD", "COCO", "DATA", "OUT", "METHOD", "HOST", "INIT", "START", "LOOK", "GPUS", "SEED", "CLIP32", "CLIP16")
+        env = {**{k: v for k, v in os.environ.items() if k not in known}, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(record)}
+        done = subprocess.run(["bash", ROOT / script, *flags], env={**env, **{k: str(v) for k, v in variables.items()}},
+                              cwd=tmp_path, capture_output=True, text=True, timeout=60)
+        lines = record.read_text().splitlines() if record.exists() else []
+        return done, [line.split("\037")[:-1] for line in lines]
+    return bash
+
+
+def parse(words, monkeypatch):
+    """What a stage reads from its line; a flag that it does not have ends the test."""
+    monkeypatch.setattr(sys, "argv", words)
+    return vars(importlib.import_module(words[0].removesuffix(".py")).parse())
+
+
+def differences(words, monkeypatch):
+    """{flag: value} of a line where it is not the script's own default; what tells eval.py, make_cam.py and train_seg.py their job is kept."""
+    job = [word for flag in ("--what", "--source", "--model") if flag in words for word in (flag, words[words.index(flag) + 1])]
+    given, own = parse(words, monkeypatch), parse([words[0], "--data", "x", "--out", "x", *job], monkeypatch)
+    return {flag: value for flag, value in given.items() if value != own[flag] and flag not in ("data", "out", "split")}
+
+
+# ---------------------------------------------------------------- the lines
+
+def test_without_voc_one_line_says_so_and_the_toy_world_runs(shell):
+    done, lines = shell("run_voc.sh")
+    first = done.stdout.splitlines()[0]
+    assert done.returncode == 0 and all(word in first for word in ("no VOC given", "toy world", "VOCtrainval", "benchmark.tgz", "VOC=")), done.stderr
+    assert lines == shell("run_toy.sh")[1] and lines[0][0] == "make_toy.py"
+
+
+@pytest.mark.parametrize("script,variables,words", [
+    ("run_coco.sh", {}, ["no COCO given", "train2014.zip", "COCO="]),
+    ("run_voc.sh", {"VOC": "x", "METHOD": "clipes"}, ["METHOD=clipes", "semples, vpl or clip_es"]),
+    ("run_coco.sh", {"COCO": "x", "METHOD": "clipes"}, ["METHOD=clipes", "semples, vpl or clip_es"]),
+    ("run_voc.sh", {"VOC": "x", "HOST": "resnet"}, ["HOST=resnet", "weaktr"]),
+    ("run_coco.sh", {"COCO": "x", "HOST": "resnet"}, ["HOST=resnet", "weaktr"])])
+def test_what_is_refused(shell, script, variables, words):
+    done, lines = shell(script, **variables)
+    refused(done, script, *words)
+    assert not lines
+
+
+def test_a_stage_that_fails_ends_the_run(shell, tmp_path):
+    """Its own line and its exit status are what is left."""
+    done, lines = shell("run_voc.sh", "--limit", "4", "--device", "cpu", VOC="/nowhere", OUT=tmp_path / "out", STATUS=1)
+    assert done.returncode == 1 and len(lines) == 1
+    refused(call(*lines[0]), "/nowhere/JPEGImages is missing")
+    done, lines = shell("run_coco.sh", COCO="/nowhere", STATUS=1)
+    assert done.returncode == 1 and len(lines) == 1
+    refused(call(*lines[0]), "/nowhere/annotations/instances_train2014.json is missing")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_voc_writes_out_the_defaults(shell, monkeypatch, method):
+    """The defaults of the scripts are the recipe of SemPLeS, and of VPL where a stage is its own; CLIP-ES's masks are not the default."""
+    done, lines = shell("run_voc.sh", VOC="/data/my voc", METHOD=method)
+    assert done.returncode == 0 and [words[0] for words in lines] == [f"{name}.py" for name in METHODS[method]], done.stderr
+    clip_es = {("eval.py", "cam"): {"background": "power"}, ("make_pseudo.py", None): {"background": "power", "preset": "deeplab", "ignore_below": 0.95}}
+    for words in lines:
+        given = parse(words, monkeypatch)
+        assert str(given["data"]) == "/data/my voc" and str(given["out"]) == ("runs/voc" if method == "semples" else f"runs/voc_{method}")
+        assert given["split"] == ({"seg": "val"}.get(given["what"], "train") if words[0] == "eval.py" else "train_aug")
+        want = {} if method == "semples" else clip_es.get((words[0], given.get("what")), {})
+        assert differences(words, monkeypatch) == want | ({"save": True} if given.get("what") == "seg" else {}), words
+
+
+def test_coco_is_voc_but_for_the_papers_numbers(shell, monkeypatch):
+    classifier = {"pool": "avg", "reduction": 4, "lr": 2.5e-5}
+    match = {"pool": "avg", "batch_size": 32, "lr": 3.2e-7, "lambda_b": 0.75}
+    prompt = {"pool": "avg", "lr": 2.5e-3, "lambda_t": 0.01}
+    refine = {"pool": "avg", "batch_size": 24, "lr": 2.4e-7, "lambda_b": 0.75, "lambda_refine": 0.2}
+    masks = {"threshold": 0.42, "preset": "irn"}
+    clip_es = [{"box": 0.7}, {"background": "power"}, {"background": "power", "preset": "deeplab", "ignore_below": 0.95}, {}]
+    want = {"semples": [classifier, match, prompt, refine, {"pool": "avg", "scales": [1.0, 0.8, 1.2]}, {"threshold": 0.42}, masks, {}, {"iterations": 100_000}],
+            "vpl": [{"box": 0.7}, *clip_es, {}], "clip_es": [*clip_es, {"iterations": 100_000}]}
+    for method in METHODS:
+        done, ((script, command, *_), *lines) = shell("run_coco.sh", COCO="/data/coco", METHOD=method)
+        assert done.returncode == 0 and (script, command) == ("prepare_data.py", "coco") and [words[0][:-3] for words in lines] == METHODS[method]
+        assert [differences(words, monkeypatch) for words in lines] == [*want[method], {"save": True}]
+        for words in lines:
+            given = parse(words, monkeypatch)
+            assert str(given["data"]) == "data/coco" and given["split"] == ("val" if given.get("what") == "seg" else "train")
+
+
+@pytest.mark.parametrize("script,variable", [("run_voc.sh", "VOC"), ("run_coco.sh", "COCO")])
+def test_gpus_start_and_the_rest_of_the_command_reach_every_stage(shell, monkeypatch, tmp_path, script, variable):
+    (tmp_path / "JPEGImages").mkdir()                                       # a prepared folder is not prepared again
+    flags = ["--limit", "64", "--device", "cpu", "--workers", "16", "--amp", "fp16"]
+    more = {variable: tmp_path, "SEED": 3, "INIT": "weaktr.pth", "START": "none", "CLIP32": "b32.pt", "CLIP16": "b16.pt"}
+    for method in METHODS:
+        lines = shell(script, *flags, METHOD=method, GPUS=4, **more)[1]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+        assert len(lines) == len(METHODS[method]) and all(words[:5] == torchrun for words in lines)
+        assert [words[5:] for words in lines] == shell(script, *flags, METHOD=method, **more)[1]
+        for words in lines:
+            given = parse(words[5:], monkeypatch)
+            assert [given[k] for k in ("limit", "device", "workers", "amp", "seed")] == [64, "cpu", 16, "fp16", 3]
+            assert given.get("clip") in (None, "b32.pt" if method == "semples" else "b16.pt", "ViT-B/16")
+            assert "start" not in given or (given["start"], given["init"]) == ("none", "weaktr.pth")
+            assert "model" not in given or given["init"] == "none"
+
+
+# ---------------------------------------------------------------- the stand-ins
+
+TRAIN = {"2007_000032": [0, 14], "2007_000063": [11, 8], "2007_000121": [19]}       # id -> classes
+VAL = {"2007_000033": [0], "2007_000042": [18]}
+SBD = {"2008_000008": [12, 14]}
+
+
+def draw(path, size=(64, 48)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(len(path.stem)).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)).save(path)
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    """ViT-B/32 and ViT-B/16 with OpenAI's names, widths and sizes, two blocks deep, in half precision as OpenAI's files are."""
+    from clip.model import CLIP
+    folder = tmp_path_factory.mktemp("clips")
+    for patch in (32, 16):
+        torch.manual_seed(patch)
+        model = CLIP(embed_dim=512, image_resolution=224, vision_layers=2, vision_width=768, vision_patch_size=patch, context_length=77,
+                     vocab_size=49408, transformer_width=512, transformer_heads=8, transformer_layers=2)
+        torch.save(model.half().state_dict(), folder / f"{patch}.pt")
+    return {f"CLIP{patch}": folder / f"{patch}.pt" for patch in (32, 16)}
+
+
+@pytest.fixture(scope="module")
+def voc(tmp_path_factory):
+    """VOC 2012's tree and SBD's as they are unpacked, train_aug not there yet."""
+    root = tmp_path_factory.mktemp("voc")
+    for id, classes in {**TRAIN, **VAL, **SBD}.items():
+        draw(root / "VOC2012/JPEGImages" / f"{id}.jpg")
+        (root / "VOC2012/Annotations").mkdir(exist_ok=True)
+        objects = "".join(f"<object><name>{data.VOC_CLASSES[k].replace(' ', '')}</name><difficult>0</difficult></object>" for k in classes)
+        (root / "VOC2012/Annotations" / f"{id}.xml").write_text(f"<annotation><filename>{id}.jpg</filename>{objects}</annotation>")
+        mask = np.zeros((48, 64), np.uint8)
+        for n, k in enumerate(classes):
+            mask[10:40, 5 + 30 * n:30 + 30 * n] = k + 1
+        if id not in SBD:
+            (root / "VOC2012/SegmentationClass").mkdir(exist_ok=True)
+            mask[9] = 255
+            data.save_mask(root / "VOC2012/SegmentationClass" / f"{id}.png", mask)
+        (root / "benchmark_RELEASE/dataset/cls").mkdir(parents=True, exist_ok=True)
+        if importlib.util.find_spec("scipy"):
+            from scipy import io
+            io.savemat(root / "benchmark_RELEASE/dataset/cls" / f"{id}.mat", {"GTcls": {"Segmentation": np.where(mask == 255, 0, mask)}})
+    lists = root / "VOC2012/ImageSets/Segmentation"
+    lists.mkdir(parents=True)
+    (lists / "train.txt").write_text("\n".join(TRAIN))                      # no last newline
+    (lists / "val.txt").write_text("".join(f"{id}\n" for id in VAL))
+    return root
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory):
+    """COCO 2014 as it is unpacked: three pictures of train, the last without an annotation, one of val."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    for split, ids in (("train", (9, 25, 30)), ("val", (42,))):
+        for n in ids:
+            draw(root / f"{split}2014" / f"COCO_{split}2014_{n:012d}.jpg")
+        square = [[8, 8, 40, 8, 40, 40, 8, 40]]
+        annotations = [{"id": k, "image_id": n, "category_id": c, "segmentation": square, "iscrowd": 0, "area": 1024}
+                       for k, (n, c) in enumerate([(9, 1), (9, 90), (25, 13)] if split == "train" else [(42, 90)])]
+        categories = [{"id": i, "name": data.COCO_CLASSES[k]} for i, k in prepare_data.COCO_INDEX.items()]
+        images = [{"id": n, "file_name": f"COCO_{split}2014_{n:012d}.jpg", "height": 48, "width": 64} for n in ids]
+        (root / "annotations" / f"instances_{split}2014.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
+    return root
+
+
+FLAGS = ("--limit", "4", "--device", "cpu", "--amp", "off", "--workers", "0")
+
+
+def do(lines):
+    for words in lines:
+        done = call(*words)
+        assert done.returncode == 0, (words, done.stdout, done.stderr)
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_voc_runs(shell, voc, clips, tmp_path, monkeypatch, method):
+    sbd = {"SBD": voc / "benchmark_RELEASE"} if importlib.util.find_spec("scipy") else {}
+    if not sbd:
+        (voc / "VOC2012/ImageSets/Segmentation/train_aug.txt").write_text("".join(f"{id}\n" for id in TRAIN | SBD))
+    monkeypatch.setattr(prepare_data, "VOC_COUNTS", dict(zip(prepare_data.VOC_COUNTS, (5, 6, 6, 4))))
+    done, lines = shell("run_voc.sh", *FLAGS, VOC=voc / "VOC2012", OUT=tmp_path / "out", METHOD=method, LOOK=1, START="none", **sbd, **clips)
+    assert done.returncode == 0, done.stderr
+    out, network = tmp_path / "out", method != "clip_es"
+    lines = lines if network else lines[:-2]                                # CLIP-ES's is SemPLeS's by its flags, and takes long
+    do(lines)
+    found = {path.stem for path in out.glob("*.pt")} - {path.stem for path in out.glob("*.last.pt")}
+    assert found == {"semples": {"cls", "match", "prompts", "refine", "seg"}, "vpl": {"prototypes", "seg"}, "clip_es": set()}[method]
+    if method == "semples":
+        assert weights(out / "refine.pt")["head.weight"].shape == (20, 384, 3, 3) and weights(out / "prompts.pt")["vectors"].shape == (20, 30, 512)
+    if method == "vpl":
+        assert weights(out / "prototypes.pt")["prototypes"].shape == (45, 512)
+    for folder, suffix, ids in (("cam", "npy", TRAIN | SBD), ("pseudo", "png", TRAIN | SBD), ("pred/val", "png", VAL if network else {})):
+        assert {path.stem for path in (out / folder).glob(f"*.{suffix}")} == set(ids), folder
+    assert np.load(out / "cam/2007_000063.npy").shape == (2, 48, 64)
+    for what, pictures in (("cam_train", 3), ("pseudo_train", 3), ("seg_val", 2))[:2 + network]:
+        assert json.loads((out / f"eval_{what}.json").read_text())["protocol"]["pictures"] == pictures
+    made = {path: path.stat().st_mtime_ns for folder in (out, out / "cam", out / "pseudo") for path in folder.iterdir() if path.suffix in (".pt", ".npy", ".png")}
+    do([words for words in lines if words[0] != "eval.py"])                 # a second call skips what is finished
+    assert all(path.stat().st_mtime_ns == time for path, time in made.items())
+
+
+@pytest.mark.parametrize("method", ["semples", "vpl"])
+def test_coco_runs(shell, coco, clips, tmp_path, method):
+    pytest.importorskip("pycocotools")
+    out = tmp_path / "out"
+    done, lines = shell("run_coco.sh", *FLAGS, COCO=coco, DATA=tmp_path / "data", OUT=out, METHOD=method, LOOK=1, START="none", **clips)
+    assert done.returncode == 0, done.stderr
+    do(lines[:-2] if method == "semples" else lines)                        # DeepLab takes long, and is that of VOC but for its length
+    ids = {"COCO_train2014_000000000009", "COCO_train2014_000000000025"}
+    assert {path.stem for path in (out / "pseudo").glob("*.png")} == ids
+    if method == "semples":
+        assert weights(out / "refine.pt")["head.weight"].shape[0] == 80 and weights(out / "prompts.pt")["vectors"].shape[0] == 80
+        assert weights(out / "refine.pt")["adaptive_attention_fusion.attn_head_ffn.0.weight"].shape == (18, 72)
+    else:
+        assert weights(out / "prototypes.pt")["prototypes"].shape == (103, 512) and (out / "eval_seg_val.json").exists()
