@@ -103,6 +103,20 @@ def refused(done, *words):
     return lines[0]
 
 
+def rows(path):
+    """Lines of a stage's log, without the first, which holds the arguments."""
+    return [json.loads(line) for line in path.read_text().splitlines()][1:]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)["model"]
+
+
+def same(a, b, tolerance=0.0):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[k], b[k]) if tolerance == 0 else torch.allclose(a[k].float(), b[k].float(), atol=tolerance, rtol=0) for k in a)
+
+
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
     """A random CLIP of OpenAI's architecture in a few channels, as a plain state dict; the vocabulary is the real one.

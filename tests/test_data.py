@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, LABELS, make_folder
+from conftest import CLASSES, LABELS
 from PIL import Image
 
 from wsss import data

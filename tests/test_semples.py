@@ -4,7 +4,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, LABELS, call, make_folder, refused, run_together
+from conftest import CLASSES, LABELS, call, make_folder, refused, rows, run_together, same, weights
 
 from wsss import clip_model, common, data, generator, losses
 
@@ -50,19 +50,6 @@ def copy_inputs(world, out, stage):
         if name == stage:
             return out
         (out / f"{name}.pt").symlink_to(world / "out" / f"{name}.pt")
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()][1:]
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
-def same(a, b, tolerance=0.0):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) if tolerance == 0 else torch.allclose(a[k].float(), b[k].float(), atol=tolerance, rtol=0) for k in a)
 
 
 # ---------------------------------------------------------------- what a stage does

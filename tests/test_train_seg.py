@@ -1,5 +1,4 @@
 """train_seg.py as a command: its loss against naive loops, what rests, resumed against uninterrupted, two processes against one."""
-import json
 import math
 import re
 import shutil
@@ -8,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, ROOT, call, make_folder, refused, run
+from conftest import LABELS, ROOT, call, make_folder, refused, rows, run, same, weights
 from PIL import Image
 from torchvision import tv_tensors
 
@@ -32,19 +31,6 @@ def world(tmp_path_factory):
     done = call("train_seg.py", *flags(root, root / "out"))
     assert done.returncode == 0, done.stderr
     return root
-
-
-def rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()][1:]
-
-
-def weights(path):
-    return torch.load(path, weights_only=True)["model"]
-
-
-def same(a, b, tolerance=0.0):
-    assert a.keys() == b.keys()
-    return all(torch.equal(a[k], b[k]) if tolerance == 0 else torch.allclose(a[k].float(), b[k].float(), atol=tolerance, rtol=0) for k in a)
 
 
 # ---------------------------------------------------------------- what a step does

@@ -169,9 +169,6 @@ class ClipDecoder(nn.Module):
     def groups(self, lr):
         return [{"params": list(self.parameters()), "lr": lr}]
 
-    def rest_batchnorm(self):
-        """It has none."""
-
 
 # ---------------------------------------------------------------------------------------------------------- prediction
 
