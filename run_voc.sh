@@ -24,51 +24,51 @@ name=voc_$METHOD
 OUT=${OUT:-runs/${name%_semples}}
 START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} few=${LOOK:+--iterations 2 --batch-size 2 --crop 65}
-launch=("$PYTHON")
 [ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 shared=(--data "$VOC" --out "$OUT" --seed "${SEED:-0}" --amp bf16 "$@")
 
-stage() { echo "== $*"; "${launch[@]}" "$@"; }
 [ -z "${SBD:-}" ] || "$PYTHON" prepare_data.py voc --voc "$VOC" --sbd "$SBD"
 
 if [ "$METHOD" = semples ]; then
     # hardware, time, score: not yet measured (paper: V100s; mIoU 68.7 of the maps and 78.4 of the masks on train, 73.9 of DeepLab on val)
-    stage train_cls.py "${shared[@]}" --split train_aug --generator deit_small --start "$START" ${INIT:+--init "$INIT"} --pool max \
+    stage "$OUT/cls.pt" train_cls.py "${shared[@]}" --split train_aug --generator deit_small --start "$START" ${INIT:+--init "$INIT"} --pool max \
         --reduction 8 --train-backbone --batch-size 64 --epochs 60 --lr 7.5e-5 --weight-decay 0.03 --warmup 5 --warmup-lr 1e-6 \
         --min-lr 1e-5 --crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
-    stage train_match.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 64 --epochs 60 --lr 6.4e-5 --weight-decay 0.03 \
+    stage "$OUT/match.pt" train_match.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 64 --epochs 60 --lr 6.4e-5 --weight-decay 0.03 \
         --lambda-b 2.4 --mask-eps 0.1 --mask-fill mean --crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
-    stage train_prompt.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 128 --epochs 60 --lr 0.025 \
+    stage "$OUT/prompts.pt" train_prompt.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 128 --epochs 60 --lr 0.025 \
         --weight-decay 0.03 --lambda-t 0.02 --lambda-i 1 --repel one_minus --prompt-length 30 --prompt-init uniform --views 0 \
         --mask-eps 1e-4 --mask-fill mean --crop 224 --min-scale 0.08 --no-randaugment --erase 0 $once
-    stage train_refine.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 64 --epochs 60 --lr 6.4e-5 --weight-decay 0.03 \
+    stage "$OUT/refine.pt" train_refine.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 64 --epochs 60 --lr 6.4e-5 --weight-decay 0.03 \
         --lambda-b 2.4 --lambda-refine 0.05 --scheme sequential --mask-eps 0.1 --mask-fill mean --crop 224 \
         --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
-    stage make_cam.py "${shared[@]}" --split train_aug --source refine --pool max --scales 1.0 1.2 --flip
-    stage eval.py "${shared[@]}" --split train --what cam --background constant --threshold 0.43
-    stage make_pseudo.py "${shared[@]}" --split train_aug --background constant --threshold 0.43 --crf --preset weaktr --iterations 10 --ignore-below 0
+    stage "$OUT/cam.json" make_cam.py "${shared[@]}" --split train_aug --source refine --pool max --scales 1.0 1.2 --flip
+    stage "$OUT/eval_cam_train.json" eval.py "${shared[@]}" --split train --what cam --background constant --threshold 0.43
+    stage "$OUT/pseudo.json" make_pseudo.py "${shared[@]}" --split train_aug --background constant --threshold 0.43 --crf --preset weaktr --iterations 10 --ignore-below 0
 else
     # hardware, time, score: not yet measured (paper: eight 4090s; mIoU on train 70.8 of CLIP-ES's maps and 75.0 of its masks, 76.3 and 78.4 of VPL's)
     by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.4 --max-side 640"
     if [ "$METHOD" = vpl ]; then
         by=vision
-        stage vpl.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 --features patch --pool pixel \
+        stage "$OUT/prototypes.pt" vpl.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 --features patch --pool pixel \
             --target soft --label-mask --background-pixels --learn-background --max-pixels 4000000 --steps 3000 --lr 10 $steps
     fi
-    stage make_cam.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --source $by --scales 1.0 --no-flip
-    stage eval.py "${shared[@]}" --split train --what cam --background power --alpha 1
-    stage make_pseudo.py "${shared[@]}" --split train_aug --background power --alpha 1 --crf --preset deeplab --iterations 10 --ignore-below 0.95
+    stage "$OUT/cam.json" make_cam.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --source $by --scales 1.0 --no-flip
+    stage "$OUT/eval_cam_train.json" eval.py "${shared[@]}" --split train --what cam --background power --alpha 1
+    stage "$OUT/pseudo.json" make_pseudo.py "${shared[@]}" --split train_aug --background power --alpha 1 --crf --preset deeplab --iterations 10 --ignore-below 0.95
 fi
-stage eval.py "${shared[@]}" --split train --what pseudo
+stage "$OUT/eval_pseudo_train.json" eval.py "${shared[@]}" --split train --what pseudo
 
 if [ "$METHOD" = vpl ]; then
     # score: not yet measured (paper: 78.5 on val). The rate and the crop are not the paper's, which gives none.
-    stage train_seg.py "${shared[@]}" --split train_aug --model clip_decoder --clip "$CLIP16" --init none --batch-size 6 --iterations 30000 \
+    stage "$OUT/seg.pt" train_seg.py "${shared[@]}" --split train_aug --model clip_decoder --clip "$CLIP16" --init none --batch-size 6 --iterations 30000 \
         --optimizer sgd --lr 0.01 --weight-decay 1e-4 --crop 320 --min-scale 0.5 --max-scale 1.5 --width 256 --lambda-ce 1 --lambda-rsc 1 --tau-rsc 0.07 $few
 else
     # score: not yet measured (SemPLeS Table 2: 73.9 of SemPLeS, 71.1 of CLIP-ES on val)
-    stage train_seg.py "${shared[@]}" --split train_aug --model deeplabv2_resnet101 --init "$START" --batch-size 10 --iterations 20000 \
+    stage "$OUT/seg.pt" train_seg.py "${shared[@]}" --split train_aug --model deeplabv2_resnet101 --init "$START" --batch-size 10 --iterations 20000 \
         --optimizer sgd --lr 2.5e-4 --weight-decay 5e-4 --crop 321 --min-scale 0.5 --max-scale 1.5 $few
 fi
-stage eval.py "${shared[@]}" --split val --what seg --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab --save
-echo "== look at $OUT/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"
+stage "$OUT/eval_seg_val.json" eval.py "${shared[@]}" --split val --what seg --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab --save
+launch=("$PYTHON")
+stage "$OUT/report.html" report.py "${shared[@]}" --split train
+echo "== look at $OUT/report.html, $OUT/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"

@@ -1,5 +1,5 @@
 # Sourced by every run_*.sh: leaves in $PYTHON a python that has what requirements.txt lists, and says which.
-# The python of this shell (your conda, your venv) if it can already import all of it; else ./.venv, made once.
+# The python of this shell (your conda, your venv) if it can already import all of it; else ./.venv, made once. And `stage`, which runs a script.
 
 cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 set -euo pipefail
@@ -38,3 +38,24 @@ fi
 # glibc hands large buffers back to the kernel after every step and faults them in anew: twice the time for small networks on a CPU.
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
+
+# stage FILE script.py flags ...: a script whose last act is to write FILE. What ended well stands in $OUT/commands.txt, a line a FILE. Lines at the
+# beginning of a run that stand there already are passed over without starting python; from the first other one on, every script looks for itself.
+launch=("$PYTHON") passing=1
+stage() {
+    local file=$1 commands=$OUT/commands.txt line
+    shift
+    line=$(printf '%s\t' "$file"; printf '%q ' "$@")
+    if [ "$passing" ] && [ -e "$file" ] && ! [ "$file" -nt "$commands" ] && grep -qxF -- "$line" "$commands" 2>/dev/null; then
+        echo "== $file is finished"
+        return
+    fi
+    passing=
+    echo "== $*"
+    "${launch[@]}" "$@"
+    if [ -e "$file" ]; then
+        mkdir -p "$OUT"
+        { awk -F'\t' -v file="$file" '$1 != file' "$commands" 2>/dev/null || true; echo "$line"; } >"$commands.new"
+        mv "$commands.new" "$commands"
+    fi
+}

@@ -4,8 +4,10 @@ import importlib
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -16,9 +18,9 @@ from PIL import Image
 import prepare_data
 from wsss import data
 
-METHODS = {"semples": "train_cls train_match train_prompt train_refine make_cam eval make_pseudo eval train_seg eval".split(),
-           "vpl": "vpl make_cam eval make_pseudo eval train_seg eval".split(),
-           "clip_es": "make_cam eval make_pseudo eval train_seg eval".split()}
+METHODS = {"semples": "train_cls train_match train_prompt train_refine make_cam eval make_pseudo eval train_seg eval report".split(),
+           "vpl": "vpl make_cam eval make_pseudo eval train_seg eval report".split(),
+           "clip_es": "make_cam eval make_pseudo eval train_seg eval report".split()}
 STUB = """#!/bin/sh
 case $1 in -c | -W) exit 0 ;; esac                   # setup.sh asks whether all is installed
 printf '%s\\037' "$@" >>"$RECORD"; echo >>"$RECORD"
@@ -32,13 +34,15 @@ def shell(tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin/python3").write_text(STUB)
     (tmp_path / "bin/python3").chmod(0o755)
+    for path in ROOT.glob("*.sh"):                                           # they work in their own folder
+        shutil.copy(path, tmp_path)
 
     def bash(script, *flags, **variables):
         record = tmp_path / "record"
         record.unlink(missing_ok=True)
         known = ("VOC", "SBD", "COCO", "DATA", "OUT", "METHOD", "HOST", "INIT", "START", "LOOK", "GPUS", "SEED", "CLIP32", "CLIP16")
         env = {**{k: v for k, v in os.environ.items() if k not in known}, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(record)}
-        done = subprocess.run(["bash", ROOT / script, *flags], env={**env, **{k: str(v) for k, v in variables.items()}},
+        done = subprocess.run(["bash", tmp_path / script, *flags], env={**env, **{k: str(v) for k, v in variables.items()}},
                               cwd=tmp_path, capture_output=True, text=True, timeout=60)
         lines = record.read_text().splitlines() if record.exists() else []
         return done, [line.split("\037")[:-1] for line in lines]
@@ -98,7 +102,8 @@ def test_voc_writes_out_the_defaults(shell, monkeypatch, method):
     for words in lines:
         given = parse(words, monkeypatch)
         assert str(given["data"]) == "/data/my voc" and str(given["out"]) == ("runs/voc" if method == "semples" else f"runs/voc_{method}")
-        assert given["split"] == ({"seg": "val"}.get(given["what"], "train") if words[0] == "eval.py" else "train_aug")
+        scored = {"eval.py": {"seg": "val"}.get(given.get("what"), "train"), "report.py": "train"}
+        assert given["split"] == scored.get(words[0], "train_aug")
         want = {} if method == "semples" else clip_es.get((words[0], given.get("what")), {})
         assert differences(words, monkeypatch) == want | ({"save": True} if given.get("what") == "seg" else {}), words
 
@@ -115,7 +120,7 @@ def test_coco_is_voc_but_for_the_papers_numbers(shell, monkeypatch):
     for method in METHODS:
         done, ((script, command, *_), *lines) = shell("run_coco.sh", COCO="/data/coco", METHOD=method)
         assert done.returncode == 0 and (script, command) == ("prepare_data.py", "coco") and [words[0][:-3] for words in lines] == METHODS[method]
-        assert [differences(words, monkeypatch) for words in lines] == [*want[method], {"save": True}]
+        assert [differences(words, monkeypatch) for words in lines] == [*want[method], {"save": True}, {}]
         for words in lines:
             given = parse(words, monkeypatch)
             assert str(given["data"]) == "data/coco" and given["split"] == ("val" if given.get("what") == "seg" else "train")
@@ -129,14 +134,33 @@ def test_gpus_start_and_the_rest_of_the_command_reach_every_stage(shell, monkeyp
     for method in METHODS:
         lines = shell(script, *flags, METHOD=method, GPUS=4, **more)[1]
         torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-        assert len(lines) == len(METHODS[method]) and all(words[:5] == torchrun for words in lines)
-        assert [words[5:] for words in lines] == shell(script, *flags, METHOD=method, **more)[1]
-        for words in lines:
-            given = parse(words[5:], monkeypatch)
+        alone = shell(script, *flags, METHOD=method, **more)[1]
+        assert len(lines) == len(METHODS[method]) and lines == [torchrun + words for words in alone[:-1]] + alone[-1:]
+        for words in alone:
+            given = parse(words, monkeypatch)
             assert [given[k] for k in ("limit", "device", "workers", "amp", "seed")] == [64, "cpu", 16, "fp16", 3]
             assert given.get("clip") in (None, "b32.pt" if method == "semples" else "b16.pt", "ViT-B/16")
             assert "start" not in given or (given["start"], given["init"]) == ("none", "weaktr.pth")
             assert "model" not in given or given["init"] == "none"
+
+
+def test_what_is_finished_is_passed_over_without_python(shell, tmp_path):
+    """The lines that begin a run and ended well before; from the first other one on every script looks for itself."""
+    world, out = tmp_path / "world", tmp_path / "out"
+    world.mkdir()
+    toy_run = lambda **more: shell("run_toy.sh", DATA=world, OUT=out, **more)
+    lines = toy_run()[1]
+    made = [world / "toy.json", world, *(out / name for name in ("cls.pt", "match.pt", "prompts.pt", "refine.pt"))]
+    for path in made:
+        path.is_dir() or path.touch()
+    assert toy_run()[1] == lines                                            # files, but no word of what made them
+    done, rest = toy_run()
+    assert rest == lines[6:] and all(f"== {path} is finished\n" in done.stdout for path in made)
+    assert toy_run(SEED=1)[1] == [["1" if before == "--seed" else word for before, word in zip(["", *words], words)] for words in lines[2:]]
+    assert toy_run()[1] == lines[2:]                                        # a file is what its last line made
+    ahead = time.time() + 60
+    os.utime(out / "match.pt", (ahead, ahead))
+    assert toy_run()[1] == lines[3:]                                        # newer than the record: made by hand
 
 
 # ---------------------------------------------------------------- the stand-ins
@@ -230,7 +254,7 @@ def test_voc_runs(shell, voc, clips, tmp_path, monkeypatch, method):
     done, lines = shell("run_voc.sh", *FLAGS, VOC=voc / "VOC2012", OUT=tmp_path / "out", METHOD=method, LOOK=1, START="none", **sbd, **clips)
     assert done.returncode == 0, done.stderr
     out, network = tmp_path / "out", method != "clip_es"
-    lines = lines if network else lines[:-2]                                # CLIP-ES's is SemPLeS's by its flags, and takes long
+    lines = lines if network else lines[:-3]                                # CLIP-ES's is SemPLeS's by its flags, and takes long
     do(lines)
     found = {path.stem for path in out.glob("*.pt")} - {path.stem for path in out.glob("*.last.pt")}
     assert found == {"semples": {"cls", "match", "prompts", "refine", "seg"}, "vpl": {"prototypes", "seg"}, "clip_es": set()}[method]
@@ -244,7 +268,7 @@ def test_voc_runs(shell, voc, clips, tmp_path, monkeypatch, method):
     for what, pictures in (("cam_train", 3), ("pseudo_train", 3), ("seg_val", 2))[:2 + network]:
         assert json.loads((out / f"eval_{what}.json").read_text())["protocol"]["pictures"] == pictures
     made = {path: path.stat().st_mtime_ns for folder in (out, out / "cam", out / "pseudo") for path in folder.iterdir() if path.suffix in (".pt", ".npy", ".png")}
-    do([words for words in lines if words[0] != "eval.py"])                 # a second call skips what is finished
+    do([words for words in lines if words[0] not in ("eval.py", "report.py")])                 # a second call skips what is finished
     assert all(path.stat().st_mtime_ns == time for path, time in made.items())
 
 
@@ -254,7 +278,7 @@ def test_coco_runs(shell, coco, clips, tmp_path, method):
     out = tmp_path / "out"
     done, lines = shell("run_coco.sh", *FLAGS, COCO=coco, DATA=tmp_path / "data", OUT=out, METHOD=method, LOOK=1, START="none", **clips)
     assert done.returncode == 0, done.stderr
-    do(lines[:-2] if method == "semples" else lines)                        # DeepLab takes long, and is that of VOC but for its length
+    do(lines[:-3] if method == "semples" else lines)                        # DeepLab takes long, and is that of VOC but for its length
     ids = {"COCO_train2014_000000000009", "COCO_train2014_000000000025"}
     assert {path.stem for path in (out / "pseudo").glob("*.png")} == ids
     if method == "semples":
