@@ -13,7 +13,7 @@ coco    Reads annotations/instances_{train,val}2014.json, train2014/, val2014/ (
         --copy), SegmentationClass/<id>.png, labels.txt, classes.txt, lists of the pictures with at least one annotation (82,081 and 40,137),
         and the painting rule to SegmentationClass/README.txt: large areas first, small ones on top; category ids 1..90 become 1..80.
 check   Reads all lists, pictures, masks and labels, and writes nothing. Each finding is one line: lists, ids, missing or unreadable files,
-        sizes, label values, colour masks, 90-id COCO. A split without any mask, or without any label, is no fault; a split with some is.
+        sizes, label values, colour masks, 90-id COCO. Without ImageSets/ the one list, train, is that of labels.txt. A split without any mask, or without any label, is no fault; a split with some is.
         Doubts (labels that differ from the mask, pictures of val in train) are warnings and leave the exit status alone.
 remap   Masks that hold COCO's category ids 1..90: the folder is renamed to SegmentationClass.90id, and SegmentationClass is written from it.
 
@@ -394,7 +394,7 @@ def look(job):
 
 def check(args):
     folder, found = data.Folder(args.data), defaultdict(list)               # kind -> lines; a kind that starts with "warning" is a doubt
-    splits = read_lists(folder, found)
+    splits = {"train": read_labels(folder, [], defaultdict(list))} if folder.unlisted() else read_lists(folder, found)
     ids = {id: split for split, members in reversed(splits.items()) for id in members}
     there = {path.name for path in (folder.root / "JPEGImages").iterdir() if path.exists()}         # a link may lead nowhere
     pictures = {id: [folder.root / "JPEGImages" / f"{id}{s}" for s in data.PICTURES if f"{id}{s}" in there] for id in ids}
@@ -403,9 +403,11 @@ def check(args):
     labels = read_labels(folder, ids, found)
     for id, split in ids.items():
         if not pictures[id]:
-            found["missing picture"].append(f"{folder.root / 'JPEGImages' / id}.jpg, listed in {split}.txt")
+            found["missing picture"].append(f"{folder.root / 'JPEGImages' / id}.jpg, listed in {'labels' if folder.unlisted() else split}.txt")
         if len(pictures[id]) > 1:
             found["warning: two pictures"].append(f"{id}: {pictures[id][0].name} is taken, {pictures[id][1].name} is not")
+    if folder.unlisted():
+        found["warning: no label"] += [f"{name} has no line in labels.txt, so it is not used" for name in sorted(there) if Path(name).stem not in ids]
     for split, members in splits.items():
         for kind, having in (("mask", {id for id in members if masks[id]}), ("label", members.keys() & labels.keys())):
             without = [id for id in members if id not in having] if having else []

@@ -74,7 +74,7 @@ def table(pairs):
     return "\n".join(lines)
 
 
-def main():
+def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs/masks")
     p.add_argument("--pairs", type=int, default=3)
@@ -82,7 +82,11 @@ def main():
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=int, help="run this pair in this process (used by --jobs)")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    args = parse()
     args.out.mkdir(parents=True, exist_ok=True)
     if args.only is not None:
         return run_pair(args.only, args)

@@ -167,7 +167,7 @@ def phase2_table(cells, clips):
     return "\n".join(lines)
 
 
-def main():
+def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs/prototypes")
     p.add_argument("--clips", type=Path, nargs="+", default=[ROOT / "weights/toy_clip.pt"], help="packed CLIPs of make_toy.py")
@@ -178,7 +178,11 @@ def main():
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=int, help="run this cell in this process (used by --jobs)")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    args = parse()
     kind, cell, table = ("sweeps", sweep_cell, sweep_table) if args.sweeps else ("phase2", phase2_cell, phase2_table) if args.phase2 else ("main", main_cell, main_table)
     args.out = (args.out / kind).resolve()
     args.out.mkdir(parents=True, exist_ok=True)

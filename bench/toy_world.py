@@ -146,14 +146,18 @@ def sheet(path, draw=0, across=4, zoom=2, size=96):
     canvas.save(path, optimize=True)
 
 
-def main():
+def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--clip", type=Path, default=make_toy.ROOT / "weights" / "toy_clip.pt", help="that, or the clip.pt of a data folder")
     p.add_argument("--draws", type=int, nargs="+", default=[11, 12, 13], help="seeds of the pictures")
     p.add_argument("--pictures", type=int, default=384)
     p.add_argument("--resolutions", type=int, nargs="+", default=[64, 96])
     p.add_argument("--sheet", type=Path, help="write the contact sheet of docs/ here and stop")
-    args = p.parse_args()
+    return p.parse_args()
+
+
+def main():
+    args = parse()
     torch.set_num_threads(1)
     if args.sheet:
         return sheet(args.sheet)

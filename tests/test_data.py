@@ -56,6 +56,21 @@ def test_bad_lists(voc, text, word):
         data.Folder(voc).ids("x")
 
 
+def test_own_pictures_need_no_lists(voc):
+    """Without ImageSets/ `train` is labels.txt, and there is no other split."""
+    for path in (voc / "ImageSets/Segmentation").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match="no list at all"):          # an empty folder for lists is somebody's mistake
+        data.Folder(voc).ids("train")
+    (voc / "ImageSets/Segmentation").rmdir(), (voc / "ImageSets").rmdir()
+    assert data.Folder(voc).ids("train") == list(LABELS) and data.Folder(voc).ids("train", 2) == list(LABELS)[:2]
+    with pytest.raises(FileNotFoundError, match="val.txt is missing"):
+        data.Folder(voc).ids("val")
+    (voc / "labels.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="train.txt is missing"):
+        data.Folder(voc).ids("train")
+
+
 def test_train_aug_is_derived(voc):
     with pytest.raises(FileNotFoundError, match="prepare_data.py voc"):
         data.Folder(voc).ids("train_aug")

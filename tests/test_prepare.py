@@ -3,6 +3,7 @@
 scipy and pycocotools are optional: what needs them is skipped without; all else runs on stand-ins for the two decoders."""
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -403,6 +404,20 @@ def test_check_passes_a_folder_without_masks_to_train_on(mine, run):
     assert code == 0 and "train: 2 ids, 2 pictures, 0 with a mask, 2 with labels, 0.500 classes a picture, 1 without any" in out
     assert "val: 1 ids, 1 pictures, 1 with a mask" in out and out.endswith(f"{mine}: 2 classes, no problems, no warnings\n")
     assert len(out.splitlines()) == 3
+
+
+def test_check_of_own_pictures_without_lists(mine, run):
+    shutil.rmtree(mine / "ImageSets")
+    picture(mine / "JPEGImages/forgotten.jpg")
+    code, out, _ = run("check", mine)
+    assert code == 1 and f"missing mask: {mine}: a in train.txt has none" in out           # some pictures with a mask, some without
+    shutil.rmtree(mine / "SegmentationClass")
+    code, out, _ = run("check", mine)
+    assert code == 0 and "train: 3 ids, 3 pictures, 0 with a mask, 3 with labels" in out
+    assert "warning: no label: forgotten.jpg has no line in labels.txt, so it is not used\n" in out and ", no problems, 1 warning" in out
+    (mine / "JPEGImages/b.jpg").unlink()
+    code, out, _ = run("check", mine)
+    assert code == 1 and f"missing picture: {mine}/JPEGImages/b.jpg, listed in labels.txt\n" in out
 
 
 def exif(path):

@@ -4,6 +4,8 @@ import importlib
 import importlib.util
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, call, refused
 from PIL import Image
+from test_readme import README
 
 import prepare_data
 from wsss import data
@@ -142,6 +145,20 @@ def test_gpus_start_and_the_rest_of_the_command_reach_every_stage(shell, monkeyp
             assert given.get("clip") in (None, "b32.pt" if method == "semples" else "b16.pt", "ViT-B/16")
             assert "start" not in given or (given["start"], given["init"]) == ("none", "weaktr.pth")
             assert "model" not in given or given["init"] == "none"
+
+
+def test_the_lines_of_the_readme(shell, monkeypatch):
+    found = [line for line in README if re.search(r"bash run_(voc|coco)\.sh", line)]
+    assert len(found) >= 5
+    for line in found:
+        words = shlex.split(line)
+        at = words.index("bash")
+        done, lines = shell(*words[at + 1:], **dict(word.split("=", 1) for word in words[:at]))
+        assert done.returncode == 0 and len(lines) > 5, (line, done.stderr)
+        for stage in lines:
+            while not stage[0].endswith(".py"):                             # torchrun and its flags
+                stage = stage[1:]
+            assert parse(stage, monkeypatch), stage
 
 
 def test_what_is_finished_is_passed_over_without_python(shell, tmp_path):

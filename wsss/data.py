@@ -44,8 +44,8 @@ COCO_BACKGROUNDS = [name for name in VOC_BACKGROUNDS if name not in ("keyboard",
 # ---------------------------------------------------------------- the folder
 
 class Folder:
-    """One data folder: JPEGImages/, ImageSets/Segmentation/<split>.txt, labels.txt or cls_labels.npy or Annotations/*.xml,
-    classes.txt (else VOC's twenty), backgrounds.txt (else VOC's or COCO's); SegmentationClass[Aug]/ only to score."""
+    """One data folder: JPEGImages/, ImageSets/Segmentation/<split>.txt (without any: `train` is all of labels.txt), labels.txt or cls_labels.npy
+    or Annotations/*.xml, classes.txt (else VOC's twenty), backgrounds.txt (else VOC's or COCO's); SegmentationClass[Aug]/ only to score."""
 
     def __init__(self, root):
         self.root = Path(root)
@@ -77,6 +77,8 @@ class Folder:
         path = self.root / "ImageSets" / "Segmentation" / f"{check_id(split, '--split')}.txt"
         if not path.exists() and split == "train_aug":
             ids = self._train_aug()
+        elif split == "train" and self.unlisted():
+            ids = list(read_label_list(self.root / "labels.txt", self.classes))
         elif not path.exists():
             there = sorted(p.stem for p in path.parent.glob("*.txt"))
             raise FileNotFoundError(f"{path} is missing: --split is one of {', '.join(there) or 'no list at all'}")
@@ -88,6 +90,10 @@ class Folder:
             twice = next(i for n, i in enumerate(ids) if i in set(ids[:n]))
             raise ValueError(f"{path} lists {twice} twice: remove one line")
         return ids[:limit] if limit else ids
+
+    def unlisted(self):
+        """Somebody's own pictures need no lists: without ImageSets/, `train` is every picture of labels.txt."""
+        return not (self.root / "ImageSets").exists() and (self.root / "labels.txt").exists()
 
     def _train_aug(self):
         """Every mask of SegmentationClassAug that is not in val: (SBD + VOC train) - VOC val, 10,582 pictures; no list needed."""
