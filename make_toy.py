@@ -7,6 +7,7 @@ Writes  <out>/JPEGImages/<id>.jpg  SegmentationClass/<id>.png  ImageSets/Segment
         backgrounds.txt (texts of the backgrounds)  clip.pt (plain state dict with OpenAI's names, for clip.model.build_model)  backbone.pt
 
     python make_toy.py --out data/toy
+    python make_toy.py --out data/other --seed 7 --train 96 --val 32                                          # another draw
 """
 import argparse
 import functools
