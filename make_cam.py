@@ -175,21 +175,13 @@ def tile(image, caption):
     return canvas
 
 
-def heat(image, cam):
-    """The map over the grey picture: dark blue where it is 0, through red to yellow where it is 1."""
-    value = np.asarray(Image.fromarray(np.float32(cam)).resize(image.size, Image.BILINEAR))[..., None].clip(0, 1)
-    colour = np.concatenate([np.minimum(1, 2 * value), np.maximum(0, 2 * value - 1), 0.5 * (1 - value)], -1) * 255
-    grey = np.asarray(image.convert("L").convert("RGB"))
-    return Image.fromarray(np.uint8(0.35 * grey + 0.65 * colour))
-
-
 def sheet(folder, ids, labels, args, path):
     """Rows of picture, a map for each present class, truth."""
     rows = []
     for id, label in zip(ids, labels):
         image = data.load_image(folder.picture(id))
         classes, cam = data.load_cam(args.out / args.cam / f"{id}.npy", label)
-        row = [tile(image, id)] + [tile(heat(image, m), folder.classes[k]) for k, m in zip(classes, cam)]
+        row = [tile(image, id)] + [tile(data.heat(image, m), folder.classes[k]) for k, m in zip(classes, cam)]
         if folder.has_mask(id):
             row.append(tile(data.paint(folder.truth(id)).convert("RGB"), "truth"))
         rows.append(row)

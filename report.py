@@ -63,13 +63,9 @@ def fit(image, how=Image.BICUBIC):
 
 
 def heat(image, cam):
-    """A map (h, w), min-max, in colour over the grey picture: dark violet, red, orange, light yellow."""
+    """A map (h, w) from its smallest to its largest value, in colour over the picture."""
     cam = np.float32(cam)
-    cam = (cam - cam.min()) / max(cam.max() - cam.min(), 1e-8)
-    value = np.asarray(Image.fromarray(cam).resize(image.size, Image.BILINEAR)).clip(0, 1)
-    anchors = np.array([[20, 11, 53], [101, 21, 110], [186, 54, 85], [249, 140, 10], [252, 255, 164]])
-    colour = np.stack([np.interp(value, np.linspace(0, 1, 5), channel) for channel in anchors.T], -1)      # (H, W, 3)
-    return Image.fromarray(np.uint8(0.3 * np.asarray(image.convert("L"))[..., None] + 0.7 * colour))
+    return data.heat(image, (cam - cam.min()) / max(cam.max() - cam.min(), 1e-8))
 
 
 def painted(image, mask):
