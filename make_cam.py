@@ -102,13 +102,13 @@ def open_generator(args, folder, env):
     path = args.init or args.out / f"{args.source}.pt"
     if not args.init:
         common.load(path, args.source, folder.classes)
-    S = generator.load_generator(path, args.pool, len(folder.classes)).to(env.device).eval()
+    S = generator.load_generator(path, args.pool, folder.classes).to(env.device).eval()
     return lambda images, b, k, ids: S.maps(images)[b, k], common.fingerprint(path)
 
 
 def open_clip(args, folder, env):
     """The same by CLIP's GradCAM; the columns of its softmax are texts or vision prototypes."""
-    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
+    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device, vit=True))
     if args.source == "text":
         columns, tau = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template)), args.tau_t
         weights = args.inputs["clip"] or args.clip
