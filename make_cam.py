@@ -61,9 +61,9 @@ def parse():
 # ---------------------------------------------------------------- what other projects read
 
 def irn(path, classes, cam, size):
-    """keys 0..C-1, maps at a quarter of the size and at full size."""
+    """keys 0..C-1, maps at a quarter of the size and at full size; keys and cam are tensors, since IRN's next stage asks cam for .cuda()."""
     small = data.resize_maps(cam, [(n - 1) // 4 + 1 for n in size])                     # as IRN's edge map
-    np.save(path, {"keys": np.asarray(classes), "cam": small.numpy(), "high_res": data.resize_maps(cam, size).numpy()}, allow_pickle=True)
+    np.save(path, {"keys": torch.as_tensor(classes), "cam": small, "high_res": data.resize_maps(cam, size).numpy()}, allow_pickle=True)
 
 
 def psa(path, classes, cam, size):
