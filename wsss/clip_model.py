@@ -69,7 +69,8 @@ def read_clip(path):
 def open_file(path):
     """-> what a file holds, and a word on where it is from."""
     try:
-        names = zipfile.ZipFile(path).namelist()
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
     except zipfile.BadZipFile:                                    # an old state dict is no zip
         names = []
     if any(name.endswith("/constants.pkl") for name in names):    # TorchScript

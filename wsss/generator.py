@@ -331,7 +331,8 @@ def download_imagenet(name):
     return content.get("model", content)
 
 
-# COCO's category ids go to 90; these ten were never used. WeakTr's and SemPLeS's COCO generators keep a class, id - 1, for them too.
+# From the authors' code, not in the paper: WeakTr's and SemPLeS's COCO generators have a class token and a map for each of COCO's category
+# ids 1..90, row id - 1, also for these ten that were never used.
 COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
 
