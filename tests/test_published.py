@@ -26,6 +26,15 @@ class Bomb:
         return os.mkdir, ("bombed",)
 
 
+@pytest.fixture(autouse=True)
+def large_files_go(tmp_path):
+    """pytest keeps the folders of three runs: without the networks of full size."""
+    yield
+    for path in tmp_path.rglob("*.pt*"):
+        if path.stat().st_size > 1e7:
+            path.unlink()
+
+
 @pytest.fixture(scope="module")
 def voc20(tmp_path_factory):
     """The tiny folder under VOC's twenty classes."""
@@ -41,7 +50,8 @@ def weaktr(tmp_path_factory):
     path = tmp_path_factory.mktemp("weaktr") / "checkpoint_best_mIoU.pth"
     state = {name: torch.randn_like(value) * (0.05 if value.dim() > 1 else 0.3) for name, value in published(20, 8).items()}
     torch.save({"model": state, "epoch": 41, "miou": np.float64(69.4)}, path)
-    return path, state
+    yield path, state
+    path.unlink()
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +77,8 @@ def clims(tmp_path_factory, imagenet50):
     state["classifier.weight"] = state["newly_added.0.weight"] = torch.randn(20, 2048, 1, 1) * 0.05
     path = tmp_path_factory.mktemp("clims") / "res50_clims.pth"
     torch.save(state, path)
-    return path, state
+    yield path, state
+    path.unlink()
 
 
 def save(path, content):
