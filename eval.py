@@ -39,7 +39,7 @@ def parse():
     p.add_argument("--what", choices=["cam", "pseudo", "masks", "seg"], required=True, help="maps, pseudo masks, the masks in --pred, or the network")
     p.add_argument("--pred", type=Path, help="folder of <id>.png label maps (--what masks)")
     g = p.add_argument_group("--what cam, pseudo")
-    g.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out")
+    g.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out; those of IRN, PSA, CLIP-ES and FMA-WSSS are read too")
     g.add_argument("--pseudo", type=common.name, default="pseudo", help="folder of pseudo masks in --out")
     g.add_argument("--background", choices=["constant", "power"], default="constant",
                    help="background score of a map: a constant, or (1 - max)^alpha as in CLIP-ES")

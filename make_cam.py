@@ -61,9 +61,9 @@ def parse():
 # ---------------------------------------------------------------- what other projects read
 
 def irn(path, classes, cam, size):
-    """keys 0..C-1, maps at a quarter of the size and at full size."""
+    """keys 0..C-1, maps at a quarter of the size and at full size; keys and cam are tensors, since IRN's next stage asks cam for .cuda()."""
     small = data.resize_maps(cam, [(n - 1) // 4 + 1 for n in size])                     # as IRN's edge map
-    np.save(path, {"keys": np.asarray(classes), "cam": small.numpy(), "high_res": data.resize_maps(cam, size).numpy()}, allow_pickle=True)
+    np.save(path, {"keys": torch.as_tensor(classes), "cam": small, "high_res": data.resize_maps(cam, size).numpy()}, allow_pickle=True)
 
 
 def psa(path, classes, cam, size):
@@ -102,13 +102,13 @@ def open_generator(args, folder, env):
     path = args.init or args.out / f"{args.source}.pt"
     if not args.init:
         common.load(path, args.source, folder.classes)
-    S = generator.load_generator(path, args.pool, len(folder.classes)).to(env.device).eval()
+    S = generator.load_generator(path, args.pool, folder.classes).to(env.device).eval()
     return lambda images, b, k, ids: S.maps(images)[b, k], common.fingerprint(path)
 
 
 def open_clip(args, folder, env):
     """The same by CLIP's GradCAM; the columns of its softmax are texts or vision prototypes."""
-    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
+    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device, vit=True))
     if args.source == "text":
         columns, tau = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template)), args.tau_t
         weights = args.inputs["clip"] or args.clip

@@ -23,7 +23,7 @@ from wsss import common, crf, data
 
 def parse():
     p = common.parser(__doc__)
-    p.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out")
+    p.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out; those of IRN, PSA, CLIP-ES and FMA-WSSS are read too")
     p.add_argument("--pseudo", type=common.name, default="pseudo", help="folder in --out for the masks, to keep those of several sources side by side")
     p.add_argument("--background", choices=["constant", "power"], default="constant", help="background score: a constant, or (1 - max)^alpha as in CLIP-ES")
     p.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO); raise it if masks swallow the background")
@@ -83,7 +83,7 @@ def main():
     ids = folder.ids(args.split, args.limit)
     labels = folder.labels(ids)
     where = args.out / args.pseudo
-    missing = [id for id in ids if not (args.out / args.cam / f"{id}.npy").exists()]
+    missing = [id for id in ids if not data.cam_path(args.out / args.cam / f"{id}.npy").exists()]
     if missing:
         raise FileNotFoundError(f"{args.out / args.cam / missing[0]}.npy is missing, and {len(missing) - 1} more of {len(ids)}: run make_cam.py --split {args.split} first")
     args.inputs = common.inputs(cam=args.out / args.cam)

@@ -25,7 +25,7 @@ def parse():
     p.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of attention fusion (max: VOC, avg: COCO)")
     p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
-    p.add_argument("--init", help="published generator (WeakTr, SemPLeS) to take as cls.pt instead of training one")
+    p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS, IRN) to take as cls.pt instead of training one")
     g = common.training(p, epochs=60, lr=7.5e-5)
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while it trains")
     g.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up from --warmup-lr")
@@ -34,11 +34,11 @@ def parse():
     return p.parse_args()
 
 
-def build(args, num_classes):
+def build(args, classes):
     if args.init:
-        return generator.load_generator(args.init, args.pool, num_classes)
+        return generator.load_generator(args.init, args.pool, classes)
     start = None if args.start == "none" else args.start
-    return generator.build_generator(args.generator, num_classes, args.pool, args.reduction, start, args.drop_path)
+    return generator.build_generator(args.generator, len(classes), args.pool, args.reduction, start, args.drop_path)
 
 
 def warmup_cosine(optimizer, args, steps):
@@ -60,7 +60,7 @@ def main():
     ids = folder.ids(args.split, args.limit)
     finish = dict(stage="cls", classes=folder.classes, args=common.plain(args))
 
-    model = env.in_turn(lambda: build(args, len(folder.classes))).to(env.device)
+    model = env.in_turn(lambda: build(args, folder.classes)).to(env.device)
     if args.init:
         if env.main:
             common.save(out, model=model.state_dict(), **finish)

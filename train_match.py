@@ -52,7 +52,7 @@ def main():
         class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
     if not args.init:
         common.load(start, "cls", folder.classes)
-    model = generator.load_generator(start, args.pool, len(folder.classes), args.drop_path).to(env.device)
+    model = generator.load_generator(start, args.pool, folder.classes, args.drop_path).to(env.device)
     trained = [w for _, w in generator.parameters_to_train(model, args.train_backbone)]
 
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)

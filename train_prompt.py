@@ -99,7 +99,7 @@ def main():
     class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
     if not args.init:
         common.load(start, "match", folder.classes)
-    S = generator.load_generator(start, args.pool, len(folder.classes)).to(env.device).eval().requires_grad_(False)
+    S = generator.load_generator(start, args.pool, folder.classes).to(env.device).eval().requires_grad_(False)
     common.seed_all(args.seed)                                                          # the same prompts on every process
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 

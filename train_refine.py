@@ -91,7 +91,7 @@ def main():
     if not args.init:
         common.load(start, start.stem, folder.classes)
     model = torch.nn.ModuleDict({
-        "S": generator.load_generator(start, args.pool, len(folder.classes), args.drop_path).to(env.device),
+        "S": generator.load_generator(start, args.pool, folder.classes, args.drop_path).to(env.device),
         "prompts": load_prompts(args, clip, folder.classes)})
     trained = [w for _, w in generator.parameters_to_train(model["S"], args.train_backbone)]
     phases = {"sequential": ["refine"], "alternate": ["refine"] + ["prompt", "refine"] * (args.rounds - 1), "joint": ["joint"]}[args.scheme]

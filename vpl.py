@@ -150,7 +150,7 @@ def main():
     if 0 < args.max_pixels < len(ids):
         raise ValueError(f"--max-pixels {args.max_pixels}: less than one for each of {len(ids)} pictures; 0 sets no bound")
 
-    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
+    clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device, vit=True))
     texts = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template))     # Z (M, D): classes, then backgrounds
 
     if args.cache:

@@ -1,4 +1,6 @@
 """The frozen CLIP and the learned prompts, on a CLIP of 0.5 M weights with the real vocabulary's tokens."""
+import hashlib
+
 import clip as openai_clip
 import pytest
 import torch
@@ -96,7 +98,7 @@ def test_under_autocast_features_end_float32(clip):
         assert F.cosine_similarity(a, b).min() > 0.999
 
 
-def test_files_load_without_rounding_and_wrong_ones_are_refused(model, clip, tmp_path):
+def test_files_load_without_rounding_and_wrong_ones_are_refused(model, clip, tmp_path, monkeypatch):
     torch.save(model.state_dict(), tmp_path / "clip.pt")
     loaded = clip_model.load_clip(tmp_path / "clip.pt")
     for name, value in model.state_dict().items():
@@ -104,6 +106,9 @@ def test_files_load_without_rounding_and_wrong_ones_are_refused(model, clip, tmp
     images = torch.rand(1, 3, 32, 32)
     archive = torch.jit.trace(Visual(model), images)              # TorchScript, as OpenAI's downloads are
     archive.save(str(tmp_path / "archive.pt"))
+    with pytest.raises(ValueError, match="archive.pt: TorchScript, which may run code, and by SHA-256 .* none of OpenAI's"):
+        clip_model.load_clip(tmp_path / "archive.pt")
+    monkeypatch.setitem(clip_model.PUBLISHED, hashlib.sha256((tmp_path / "archive.pt").read_bytes()).hexdigest(), "ViT-T/8")
     torch.testing.assert_close(clip_model.load_clip(tmp_path / "archive.pt").encode_image(images), clip.encode_image(images))
 
     with pytest.raises(FileNotFoundError, match="CLIP ViT-Z: no such file, and not one of RN50"):

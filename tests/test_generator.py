@@ -201,7 +201,9 @@ def test_own_checkpoints_round_trip(tmp_path, name, size):
     loaded = g.load_generator(tmp_path / "cls.pt").eval()
     assert model.maps(images).shape == (1, 8, size, size) and torch.equal(model.maps(images), loaded.maps(images))
     with pytest.raises(ValueError, match="maps 8 classes, the data folder has 3"):
-        g.load_generator(tmp_path / "cls.pt", num_classes=3)
+        g.load_generator(tmp_path / "cls.pt", classes=list("abc"))
+    with pytest.raises(ValueError, match="cls.pt: trained on other classes, its class 1 is 'b', the data folder's 'c'"):
+        g.load_generator(tmp_path / "cls.pt", classes=list("acbdefgh"))
 
 
 def test_toy_cnn_is_a_plain_cam_with_a_frozen_trunk():

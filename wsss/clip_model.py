@@ -6,7 +6,10 @@
 """
 
 import hashlib
+import os
+import re
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -19,11 +22,17 @@ with warnings.catch_warnings():                                   # it imports p
     import clip as openai_clip
 
 
-def load_clip(name_or_path, device="cpu"):
-    """An OpenAI name (downloaded once, SHA-checked), an OpenAI archive, or a plain state dict with OpenAI's names -> FrozenClip."""
+def load_clip(name_or_path, device="cpu", vit=False):
+    """An OpenAI name (downloaded once, SHA-checked), an OpenAI archive, or a plain state dict with OpenAI's names -> FrozenClip.
+
+    With `vit`, a CLIP whose image encoder is a ResNet is refused: GradCAM and the decoder read the patches of a vision transformer."""
     name = str(name_or_path)
     if Path(name).is_file():
         model = read_clip(name)
+        if vit and not hasattr(model.visual, "transformer"):
+            raise ValueError(f"{name}: the image encoder of this CLIP is a {type(model.visual).__name__}: a vision transformer is needed, take ViT-B/16")
+    elif vit and name in openai_clip.available_models() and name.startswith("RN"):
+        raise ValueError(f"--clip {name}: the image encoder of this CLIP is a ResNet: a vision transformer is needed, take ViT-B/16")
     elif name in openai_clip.available_models():
         try:
             model, _ = openai_clip.load(name, device="cpu")
@@ -35,24 +44,64 @@ def load_clip(name_or_path, device="cpu"):
     return FrozenClip(model).to(device)
 
 
+# OpenAI's archives are TorchScript, a program that torch.jit.load may run: only those of a SHA-256 that OpenAI publishes are opened.
+PUBLISHED = {url.split("/")[-2]: name for name, url in openai_clip.clip._MODELS.items()}
+
+
 def read_clip(path):
     """A file with CLIP's weights -> the CLIP model, float32."""
+    content, kind = open_file(path)
+    state, around = plain_state(content, path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as not_a_state_dict:
-        try:
-            state = torch.jit.load(path, map_location="cpu").state_dict()             # what OpenAI distributes
-        except RuntimeError:
-            raise ValueError(f"{path}: neither a state dict nor a TorchScript archive "
-                             f"({str(not_a_state_dict).splitlines()[0]})") from None
-    sizes = ("input_resolution", "context_length", "vocab_size")                      # numbers kept in OpenAI's archives
-    try:
-        state = {name: value for name, value in state.items() if name not in sizes}
         model = openai_clip.model.build_model(dict(state)).float()
         model.load_state_dict(state)                              # again: build_model has rounded the weights to half precision
-    except (AttributeError, KeyError, RuntimeError, ValueError) as error:
-        raise ValueError(f"{path}: not the weights of a CLIP with OpenAI's names ({str(error).splitlines()[0]})") from None
+    except (AssertionError, AttributeError, KeyError, RuntimeError, ValueError) as error:
+        problem = f"it has no {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
+        raise ValueError(f"{path}: not the weights of a CLIP with OpenAI's names ({problem})") from None
+    visual = model.visual
+    shape = f"ViT of {visual.conv1.kernel_size[0]} px patches" if hasattr(visual, "transformer") else type(visual).__name__
+    if os.environ.get("RANK", "0") == "0":                        # one line, whatever the number of processes
+        precision = str(state["visual.conv1.weight"].dtype).removeprefix("torch.")
+        print(f"{path}: CLIP, {kind}, {shape}, {visual.input_resolution} px, {precision}{'; left out: ' if around else ''}{', '.join(around)}")
     return model
+
+
+def open_file(path):
+    """-> what a file holds, and a word on where it is from."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            names = file.namelist()
+    except zipfile.BadZipFile:                                    # an old state dict is no zip
+        names = []
+    if any(name.endswith("/constants.pkl") for name in names):    # TorchScript
+        digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if digest not in PUBLISHED:
+            raise ValueError(f"{path}: TorchScript, which may run code, and by SHA-256 ({digest[:16]}...) none of OpenAI's files: download it again, "
+                             "or, where you trust it, torch.save(torch.jit.load(FILE).state_dict(), 'clip.pt')")
+        return torch.jit.load(path, map_location="cpu").state_dict(), f"OpenAI's {PUBLISHED[digest]} by SHA-256"
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True), "a state dict"
+    except Exception as error:                                    # zip, pickle and torch each raise their own for a foreign file
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: neither a state dict nor one of OpenAI's archives ({reason})") from None
+
+
+def plain_state(content, path):
+    """-> the state dict under OpenAI's names, and what was taken off or left out."""
+    wrapper = next((name for name in ("state_dict", "model") if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
+    state = content[wrapper] if wrapper else content
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+        raise ValueError(f"{path}: not the weights of a CLIP: no state dict at the top, under 'state_dict' or under 'model'")
+    around = [f"{wrapper!r} around it and what is beside it"] if wrapper else []
+    if all(name.startswith("module.") for name in state):
+        state, around = {name.removeprefix("module."): value for name, value in state.items()}, around + ["module. before every name"]
+    sizes = ("input_resolution", "context_length", "vocab_size")  # numbers kept in OpenAI's archives
+    state = {name: value for name, value in state.items() if name not in sizes}
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, download it again")
+    return state, around
 
 
 class FrozenClip(nn.Module):

@@ -10,6 +10,7 @@ Nothing is read outside the folder, no file runs code, and every refusal names t
 """
 import contextlib
 import errno
+import io
 import os
 import pickle
 import xml.etree.ElementTree as ElementTree
@@ -224,28 +225,42 @@ def read_xml(path, classes):
 
 
 class Restricted(pickle.Unpickler):
-    """Reads other projects' pickled .npy: numpy arrays and plain values; anything that could run code is refused."""
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}
+    """Reads other projects' pickled .npy: numpy arrays, IRN's tensors and plain values; anything that could run code is refused."""
+    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")}
     allowed |= {(f"numpy.{core}.{module}", name) for core in ("core", "_core")
                 for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
 
     def find_class(self, module, name):
+        if (module, name) == ("torch.storage", "_load_from_bytes"):        # torch's own is an unpickler that runs anything
+            return plain_storage
         if (module, name) not in self.allowed:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
 
 
+def plain_storage(content):
+    return torch.load(io.BytesIO(content), weights_only=True)
+
+
+def read_pickled(path):
+    """What another project's pickled .npy holds; None of a plain array."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if not dtype.hasobject:
+            return None
+        if shape:
+            raise ValueError(f"it holds {shape} objects, not one dict")
+        return Restricted(file).load().item()
+
+
 def read_cls_labels(path, classes):
     """Foreign cls_labels.npy: a pickled dict, keys int32 (IRN) or str (the rest), values multi-hot (C,). -> {id: indices}"""
     try:
-        with open(path, "rb") as file:
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            _, _, dtype = read(file)
-            if dtype.hasobject:
-                table = Restricted(file).load().item()
-            else:
-                raise ValueError("it holds a plain array, not a dict")
+        table = read_pickled(path)
+        if table is None:
+            raise ValueError("it holds a plain array, not a dict")
         labels = {key if isinstance(key, str) else int(key): np.flatnonzero(value).tolist() for key, value in table.items()}
     except Exception as error:                                             # pickle raises whatever its bytes provoke
         raise ValueError(f"{path} is refused ({error}): a dict from id to multi-hot labels is expected; labels.txt says the same in plain text") from None
@@ -416,25 +431,55 @@ def save_cam(path, cam):
 def load_cam(path, labels, size=None):
     """-> (indices of the classes present (P,), maps (P, h, w) float32). `labels` multi-hot (C,) says which rows these are.
 
-    With `size` (H, W) of the picture, maps of other proportions are refused; they may be coarser."""
-    path, classes = Path(path), present(labels)
+    With `size` (H, W) of the picture, maps of other proportions are refused; they may be coarser. Maps in IRN's, PSA's, CLIP-ES's or
+    FMA-WSSS's format are read too: a folder of them beside ours goes by its name, --cam."""
+    path, classes = cam_path(path), present(labels)
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run make_cam.py first (README.md has the order)")
     try:
-        cam = np.load(path, allow_pickle=False)
+        keys, cam = read_maps(path)
     except Exception as error:                                             # numpy's header parser, zip and memory each raise their own
         raise ValueError(f"{path} is not a plain .npy array ({(str(error).splitlines() or [type(error).__name__])[0]}): "
                          "remove it and run make_cam.py again") from None
     if not isinstance(cam, np.ndarray) or cam.dtype.kind != "f" or cam.ndim != 3 or 0 in cam.shape[1:]:
         raise ValueError(f"{path} holds {getattr(cam, 'dtype', type(cam).__name__)} {np.shape(cam)}, maps are float (P, h, w): run make_cam.py again")
+    if keys is not None and (sorted(keys) != classes.tolist() or len(cam) != len(keys)):
+        raise ValueError(f"{path} holds {len(cam)} maps of the classes {sorted(keys)}, the picture's label has {classes.tolist()}: is it of another data set, or counted from 1?")
     if len(cam) != len(classes):
         raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
     if not np.isfinite(cam).all():
         raise ValueError(f"{path} holds NaN or infinity: remove it and run make_cam.py again")
+    if keys is not None:
+        if cam.size and (cam.min() < -1e-3 or cam.max() > 1.001):
+            raise ValueError(f"{path} holds maps from {cam.min():.3g} to {cam.max():.3g}: scale them to [0, 1], each class by itself")
+        cam = cam[np.argsort(keys)]
     h, w = cam.shape[1:]
     if size is not None and (h > size[0] or w > size[1] or abs(h * size[1] - w * size[0]) >= max(size)):      # both sides rounded alike, by less than a cell
         raise ValueError(f"{path}: maps of {w}x{h} do not fit their picture of {size[1]}x{size[0]}: run make_cam.py again")
     return classes, cam.astype(np.float32)
+
+
+def cam_path(path):
+    """<id>.npy, or FMA-WSSS's <id>.npz where there is only that."""
+    path = Path(path)
+    return path if path.exists() or not path.with_suffix(".npz").exists() else path.with_suffix(".npz")
+
+
+def read_maps(path):
+    """-> (classes of the rows, maps (P, h, w)). Ours are a plain array, whose rows are the present classes: None.
+
+    Others': IRN's and CLIP-ES's dict of `keys` and maps, PSA's (and WeakTr's, SemPLeS's) {class: map}, FMA-WSSS's .npz of `fg_cls` and `cam`."""
+    if path.suffix == ".npz":
+        with np.load(path, allow_pickle=False) as file:
+            return file["fg_cls"].astype(int).tolist(), file["cam"].astype(np.float32)
+    table = read_pickled(path)
+    if table is None:
+        return None, np.load(path, allow_pickle=False)
+    if "keys" in table:
+        maps = next((table[name] for name in ("high_res", "attn_highres", "highres") if name in table), None)
+        return np.asarray(table["keys"]).astype(int).tolist(), np.asarray(maps, dtype=np.float32)
+    maps = np.stack(list(table.values())) if table else np.zeros((0, 1, 1))               # no class: no map that would say the size
+    return [int(key) for key in table], np.asarray(maps, dtype=np.float32)
 
 
 def resize_maps(cam, size):

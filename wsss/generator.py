@@ -1,19 +1,23 @@
 """The mask generator S: image -> one raw map per class, never negative.
 
     generator = build_generator("deit_small", num_classes=20, start="imagenet")       # WeakTr's, the one of SemPLeS
-    generator = load_generator("match.pt")                                            # or WeakTr's / SemPLeS's published .pth
+    generator = load_generator("match.pt")                                            # or a published one of WeakTr, SemPLeS, CLIMS, IRN
     maps = generator.maps(images)                                                     # RGB in [0, 1] -> (B, C, h, w)
 
 forward(images) -> (maps, logits), logits a tuple of (B, C) that train_cls.py trains on image labels.
 """
 
+import hashlib
+import os
+import re
 from argparse import Namespace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torchvision.models import resnet50
+from torchvision.models import ResNet50_Weights, resnet50
 
 DEIT_IMAGENET = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
 
@@ -119,6 +123,7 @@ class DeiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
         self.norm = nn.LayerNorm(width, eps=1e-6).requires_grad_(False)               # in every checkpoint, on no path to a map
         self.head = nn.Conv2d(width, num_classes, 3, padding=1)
+        self.kept = slice(None)                                   # the classes it maps: all, but for a COCO generator of 90 (load_generator)
         self.adaptive_attention_fusion = AttentionFusion(heads * depth, width // heads, reduction, pool)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
@@ -144,7 +149,8 @@ class DeiT(nn.Module):
             fused = self.adaptive_attention_fusion(attentions, outputs)               # (B, N, N)
             cams = fused[:, :C, C:] * coarse.flatten(2).relu()                        # (B, C, h * w)
             fine = torch.einsum("bnm,bcm->bcn", fused[:, C:, C:], cams).unflatten(2, (h, w))
-            return fine, (tokens[:, :C].mean(-1), coarse.mean((-2, -1)), fine.mean((-2, -1)))
+            logits = tokens[:, :C].mean(-1), coarse.mean((-2, -1)), fine.mean((-2, -1))
+            return fine[:, self.kept], tuple(z[:, self.kept] for z in logits)
 
     def run_blocks(self, images):
         """-> tokens (B, C + h * w, width); per layer the attention and its branch's output, detached; the grid (h, w)
@@ -177,6 +183,8 @@ class DeiT(nn.Module):
     def load_imagenet(self, state):
         """A plain DeiT's ImageNet weights: its class token and that token's position are repeated C times; its classifier is left out."""
         C = self.cls_token.shape[1]
+        if state["cls_token"].shape[1] != 1:
+            raise RuntimeError(f"it has {state['cls_token'].shape[1]} class tokens: a generator, no ImageNet weights; give it to --init")
         state = {name: value for name, value in state.items() if not name.startswith("head.")}
         state["cls_token"] = state["cls_token"].expand(-1, C, -1)
         state["pos_embed"] = torch.cat([state["pos_embed"][:, :1].expand(-1, C, -1), state["pos_embed"][:, 1:]], dim=1)
@@ -301,7 +309,9 @@ def build_generator(name, num_classes, pool="max", reduction=8, start=None, drop
     if start == "imagenet":
         model.load_imagenet(download_imagenet(name))
     elif start is not None:
-        load_strictly(start, model.load_imagenet, state_of(read(start), start))
+        state, around = state_of(read(start), start)
+        load_strictly(start, model.load_imagenet, state)
+        said(start, f"{name}'s backbone, {len(state)} tensors", around, [name for name in state if name.startswith(("head.", "fc."))])
     return model
 
 
@@ -309,34 +319,83 @@ NAMES = ("deit_small", "resnet50", "cnn_toy", "deit_tiny")
 
 
 def download_imagenet(name):
-    if name == "deit_small":
-        return torch.hub.load_state_dict_from_url(DEIT_IMAGENET, map_location="cpu", check_hash=True, weights_only=True)["model"]
-    if name == "resnet50":
-        from torchvision.models import ResNet50_Weights
-        return ResNet50_Weights.IMAGENET1K_V1.get_state_dict(check_hash=True)
-    raise ValueError(f"generator {name} has no ImageNet weights: pass the file of its backbone")
+    """DeiT-S's or ResNet-50's ImageNet weights, their SHA-256 checked against the digits that their publishers put into the name."""
+    if name not in ("deit_small", "resnet50"):
+        raise ValueError(f"generator {name} has no ImageNet weights: pass the file of its backbone")
+    url = DEIT_IMAGENET if name == "deit_small" else ResNet50_Weights.IMAGENET1K_V1.url
+    try:
+        content = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
+    except Exception as error:                                    # no connection, another hash, a torn file: each raises its own
+        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        raise ValueError(f"no ImageNet weights ({error}): put {url} at {place}, or give --start FILE or --start none") from None
+    return content.get("model", content)
 
 
-def load_generator(path, pool="max", num_classes=None, drop_path=0.1):
-    """A checkpoint of ours, WeakTr's or SemPLeS's -> S. Sizes come from the weights; `pool` (max: VOC, avg: COCO) is said by ours alone.
+# From the authors' code, not in the paper: WeakTr's and SemPLeS's COCO generators have a class token and a map for each of COCO's category
+# ids 1..90, row id - 1, also for these ten that were never used.
+COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
 
-    With `num_classes`, a generator for another number of classes is refused."""
+
+def load_generator(path, pool="max", classes=None, drop_path=0.1):
+    """A checkpoint of ours, of WeakTr, SemPLeS, CLIMS or IRN -> S. Sizes come from the weights; `pool` (max: VOC, avg: COCO) is said by ours alone.
+
+    With `classes`, the names of the data folder, a generator for another number of classes is refused, and one of ours for other names."""
     content = read(path)
-    state, own = state_of(content, path), content.get("args")
+    (state, around), own = state_of(content, path), content.get("args")
     pool = own.get("pool", pool) if isinstance(own, dict) else pool                   # of others it is no dict
+    if "resnet50.conv1.weight" in state:
+        copies, state = len(state), irn_names(state, path)
+        around.append(f"{copies - len(state)} copies that agree")
     if "classifier.weight" in state:
-        model = ResNet50(num_classes=len(state["classifier.weight"]))
-    elif {"head.weight", "trunk.0.weight"} <= state.keys():
-        model = ToyCNN(len(state["head.weight"]), width=len(state["trunk.3.weight"]), blocks=sum(name.endswith("conv1.weight") for name in state))
+        model, kind = ResNet50(num_classes=len(state["classifier.weight"])), "ResNet-50 as in CLIMS"
+    elif {"head.weight", "trunk.0.weight", "trunk.3.weight"} <= state.keys():
+        model, kind = ToyCNN(len(state["head.weight"]), width=len(state["trunk.3.weight"]), blocks=sum(name.endswith("conv1.weight") for name in state)), "toy CNN"
     elif {"head.weight", "pos_embed", "adaptive_attention_fusion.attn_head_ffn.0.weight"} <= state.keys():
-        model = deit_like(state, pool, drop_path)
+        try:
+            model = deit_like(state, pool, drop_path)
+        except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}: its tensors make no DeiT ({error})") from None
+        kind = f"DeiT with attention fusion as in WeakTr, pooling {pool} (not in the file: --pool)"
     else:
-        raise ValueError(f"{path}: not a mask generator (no head with attention fusion and no classifier among its {len(state)} weights)")
+        raise ValueError(f"{path}: not a mask generator ({what_else(state, content)})")
     load_strictly(path, model.load_state_dict, state)
-    found = len(state["classifier.weight" if "classifier.weight" in state else "head.weight"])
-    if num_classes not in (None, found):
-        raise ValueError(f"{path}: maps {found} classes, the data folder has {num_classes}")
+    found, names = len(state["classifier.weight" if "classifier.weight" in state else "head.weight"]), content.get("classes")
+    if isinstance(model, DeiT) and classes is not None and (found, len(classes)) == (90, 80):
+        model.kept = [id - 1 for id in range(1, 91) if id not in COCO_GAPS]
+        kind += ", of COCO's 90 ids the 80 in use"
+    elif classes is not None and found != len(classes):
+        raise ValueError(f"{path}: maps {found} classes, the data folder has {len(classes)}: give the --data it was trained on, or another generator")
+    if classes is not None and names not in (None, list(classes)):
+        other = next((n for n, pair in enumerate(zip(names, classes)) if pair[0] != pair[1]), 0)
+        raise ValueError(f"{path}: trained on other classes, its class {other} is {names[other]!r}, the data folder's {classes[other]!r}: give the --data it was trained on")
+    if "stage" not in content:
+        said(path, f"{kind}, {found} classes", around)
     return model
+
+
+def what_else(state, content):
+    """What a file that is no generator is, as far as its names tell."""
+    if "stage" in content:
+        return f"it is of stage {content['stage']!r}: give a cls.pt, match.pt or refine.pt"
+    if "adaptive_attention_fusion.fc.0.weight" in state:
+        return "WeakTr's first release, whose fusion had other weights: take the present one"
+    if {"cls_token", "head.weight"} <= state.keys() or {"fc.weight", "layer4.0.conv1.weight"} <= state.keys() or "trunk.0.weight" in state:
+        return "weights of a classifier or backbone: they go to train_cls.py --start"
+    return f"no head with attention fusion and no classifier among its {len(state)} weights, the first {next(iter(state))}"
+
+
+def irn_names(state, path):
+    """IRN's and CLIMS's ResNet-50 holds each tensor three times, under resnet50, stage1..4 and backbone -> once, under our names. Copies must agree."""
+    ours = {"resnet50.": "backbone.", "newly_added.0.": "classifier."}
+    for place, name in (("0.0", "conv1"), ("0.1", "bn1"), ("0.4", "layer1"), ("1.0", "layer2"), ("2.0", "layer3"), ("3.0", "layer4")):
+        ours[f"backbone.{place}."] = ours[f"stage{int(place[0]) + 1}.{place[2]}."] = f"backbone.{name}."
+    merged = {}
+    for name, value in state.items():
+        prefix = next((prefix for prefix in ours if name.startswith(prefix)), "")
+        new = ours.get(prefix, "") + name[len(prefix):]
+        if not torch.equal(merged.setdefault(new, value), value):
+            raise ValueError(f"{path}: {name} differs from its other copy {new}: the file is damaged or was put together from two networks")
+    return merged
 
 
 def deit_like(state, pool, drop_path):
@@ -350,29 +409,63 @@ def deit_like(state, pool, drop_path):
 
 
 def state_of(content, path):
-    """The state dict of a checkpoint, out of a {"model": ...} wrapper if there is one."""
-    state = content.get("model", content) if isinstance(content, dict) else {}
-    if not state or not all(torch.is_tensor(value) for value in state.values()):
-        raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model'")
-    return state
+    """-> the state dict of a checkpoint, and what was taken off or left out: {"model": ...} or {"state_dict": ...}, the prefix module. of DataParallel."""
+    wrapper = next((name for name in ("model", "state_dict") if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
+    state = content[wrapper] if wrapper else content
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+        raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model' or 'state_dict'")
+    around = [f"{wrapper!r} around it"] if wrapper else []
+    if wrapper and len(content) > 1:
+        around.append(f"{', '.join(str(name) for name in content if name != wrapper)} beside it")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+        around.append("module. before every name")
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: its training broke down or the file is damaged; take another one")
+    return state, around
+
+
+def said(path, what, around, left=()):
+    """One line on rank 0: what was read from a file that is not ours, and what was not taken."""
+    around = [*around, *([f"its classifier {', '.join(left)}"] if left else [])]
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{path}: {what}{'; left out: ' if around else ''}{', '.join(around)}")
 
 
 def read(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
+    digits = re.fullmatch(r"(?:deit_small_patch16_224|resnet50)-([0-9a-f]{8})\.pth", Path(path).name)     # of its SHA-256: torch.hub's convention
+    if digits and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(digits[1]):
+        raise ValueError(f"{path}: its SHA-256 does not begin with {digits[1]}, as published: download it again")
     try:
-        with torch.serialization.safe_globals([Namespace]):                           # the public trainers keep their arguments beside the weights
+        with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(f"{path}: not a checkpoint of plain tensors ({str(error).splitlines()[0]})") from None
+    except Exception as error:                                    # zip, pickle and torch each raise their own for a foreign file
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason(error)})") from None
+
+
+# The public trainers keep their arguments, a Namespace, and their mIoU, a number of numpy's, beside the weights. Neither can run code.
+SCALAR = np.float64(0).__reduce__()[0]
+PLAIN = [Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
+         *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+
+
+def reason(error):
+    """torch's advice to trust the file is left out; what it asks for is said."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    return f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def load_strictly(path, load, state):
     """Every key must fit, and the first that does not is named."""
     try:
         load(state)
-    except (KeyError, RuntimeError) as error:
-        raise ValueError(f"{path}: {' '.join(str(error).split())}") from None
+    except KeyError as error:
+        raise ValueError(f"{path} does not fit this network: it has no {error.args[0]}") from None
+    except RuntimeError as error:
+        raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:400]}") from None
 
 
 def parameters_to_train(generator, train_backbone=False):

@@ -7,6 +7,9 @@
 A model owns its mean and std, its parameter groups, and `window`: side and stride of the windows it wants at test time, None for
 the whole picture.
 """
+import hashlib
+import os
+import re
 from collections import OrderedDict
 from pathlib import Path
 
@@ -220,8 +223,12 @@ def build_segmenter(name, num_classes, init=None):
     else:
         raise ValueError(f"segmenter {name}: not one of {', '.join(NAMES)}")
     if init is not None:
-        state = download_imagenet(name) if init == "imagenet" else state_of(read(init), init)
+        content = download_imagenet(name) if init == "imagenet" else read(init)
+        state = state_of(content, init)
         load_strictly(init, model.load_state_dict if "aspp.0.weight" in state else model.load_backbone, state)
+        if init != "imagenet" and "stage" not in content and os.environ.get("RANK", "0") == "0":
+            left = ", ".join(key for key in state if key.startswith("fc."))
+            print(f"{init}: {name}'s backbone, {len(state)} tensors{f'; left out: its classifier {left}' if left else ''}")
     return model
 
 
@@ -259,17 +266,28 @@ def load_segmenter(path, encode=None):
 def read(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
+    digits = re.fullmatch(r"resnet101-([0-9a-f]{8})\.pth", Path(path).name)           # of its SHA-256: torch.hub's convention
+    if digits and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(digits[1]):
+        raise ValueError(f"{path}: its SHA-256 does not begin with {digits[1]}, as published: download it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                    # zip, pickle and torch each raise their own for a foreign file
-        raise ValueError(f"{path}: not a checkpoint of plain tensors ({(str(error).splitlines() or [type(error).__name__])[0]})") from None
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason})") from None
 
 
 def state_of(content, path):
-    """The state dict of a checkpoint, out of a {"model": ...} wrapper if there is one."""
-    state = content.get("model", content) if isinstance(content, dict) else {}
-    if not isinstance(state, dict) or not state or not all(torch.is_tensor(value) for value in state.values()):
-        raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model'")
+    """The state dict of a checkpoint, out of a {"model": ...} or {"state_dict": ...} around it and without the prefix of DataParallel if there is one."""
+    wrapper = next((name for name in ("model", "state_dict") if isinstance(content, dict) and isinstance(content.get(name), dict)), None)
+    state = content[wrapper] if wrapper else content
+    if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
+        raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model' or 'state_dict'")
+    if all(name.startswith("module.") for name in state):
+        state = {name.removeprefix("module."): value for name, value in state.items()}
+    for name, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: its training broke down or the file is damaged; take another one")
     return state
 
 
