@@ -19,54 +19,56 @@ case "$HOST" in weaktr) ;; *) echo "run_coco.sh: HOST=$HOST: only weaktr" >&2; e
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 name=coco_$METHOD
-OUT=${OUT:-runs/${name%_semples}}
+name=${name%_semples}${LOOK:+_look}
+[ "${SEED:-0}" = 0 ] || name=${name}_seed$SEED
+OUT=${OUT:-runs/$name}
 DATA=${DATA:-data/coco}
 START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} few=${LOOK:+--iterations 2 --batch-size 2 --crop 65}
 [ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 if [ -d "$COCO/JPEGImages" ]; then DATA=$COCO; else "$PYTHON" prepare_data.py coco --coco "$COCO" --out "$DATA"; fi
-shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16 "$@")
+shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16) more=("$@")
 
 if [ "$METHOD" = semples ]; then
     # hardware, time, score: not yet measured (paper: V100s; it scores neither maps nor masks here). Classifier: WeakTr's rate, 2e-4 x batch / 512.
-    stage "$OUT/cls.pt" train_cls.py "${shared[@]}" --split train --generator deit_small --start "$START" ${INIT:+--init "$INIT"} --pool avg \
+    stage train_cls.py "${shared[@]}" --split train --generator deit_small --start "$START" ${INIT:+--init "$INIT"} --pool avg \
         --reduction 4 --train-backbone --batch-size 64 --epochs 60 --lr 2.5e-5 --weight-decay 0.03 --warmup 5 --warmup-lr 1e-6 \
         --min-lr 1e-5 --crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
-    stage "$OUT/match.pt" train_match.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 32 --epochs 60 --lr 3.2e-7 --weight-decay 0.03 \
+    stage train_match.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 32 --epochs 60 --lr 3.2e-7 --weight-decay 0.03 \
         --lambda-b 0.75 --mask-eps 0.1 --mask-fill mean --crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
-    stage "$OUT/prompts.pt" train_prompt.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 128 --epochs 60 --lr 2.5e-3 \
+    stage train_prompt.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 128 --epochs 60 --lr 2.5e-3 \
         --weight-decay 0.03 --lambda-t 0.01 --lambda-i 1 --repel one_minus --prompt-length 30 --prompt-init uniform --views 0 \
         --mask-eps 1e-4 --mask-fill mean --crop 224 --min-scale 0.08 --no-randaugment --erase 0 $once
-    stage "$OUT/refine.pt" train_refine.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 24 --epochs 60 --lr 2.4e-7 --weight-decay 0.03 \
+    stage train_refine.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 24 --epochs 60 --lr 2.4e-7 --weight-decay 0.03 \
         --lambda-b 0.75 --lambda-refine 0.2 --scheme sequential --mask-eps 0.1 --mask-fill mean --crop 224 \
         --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
-    stage "$OUT/cam.json" make_cam.py "${shared[@]}" --split train --source refine --pool avg --scales 1.0 0.8 1.2 --flip
-    stage "$OUT/eval_cam_train.json" eval.py "${shared[@]}" --split train --what cam --background constant --threshold 0.42
-    stage "$OUT/pseudo.json" make_pseudo.py "${shared[@]}" --split train --background constant --threshold 0.42 --crf --preset irn --iterations 10 --ignore-below 0
+    stage make_cam.py "${shared[@]}" --split train --source refine --pool avg --scales 1.0 0.8 1.2 --flip
+    stage eval.py "${shared[@]}" --split train --what cam --background constant --threshold 0.42
+    stage make_pseudo.py "${shared[@]}" --split train --background constant --threshold 0.42 --crf --preset irn --iterations 10 --ignore-below 0
 else
     # hardware, time, score: not yet measured (paper: eight 4090s; it scores neither maps nor masks here). Steps and temperatures are those of VOC.
     by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.7 --max-side 640"
     if [ "$METHOD" = vpl ]; then
         by=vision
-        stage "$OUT/prototypes.pt" vpl.py "${shared[@]}" --split train --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 --features patch --pool pixel --target soft \
+        stage vpl.py "${shared[@]}" --split train --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 --features patch --pool pixel --target soft \
             --label-mask --background-pixels --learn-background --max-pixels 4000000 --steps 3000 --lr 10 $steps
     fi
-    stage "$OUT/cam.json" make_cam.py "${shared[@]}" --split train --clip "$CLIP16" $localise --source $by --scales 1.0 --no-flip
-    stage "$OUT/eval_cam_train.json" eval.py "${shared[@]}" --split train --what cam --background power --alpha 1
-    stage "$OUT/pseudo.json" make_pseudo.py "${shared[@]}" --split train --background power --alpha 1 --crf --preset deeplab --iterations 10 --ignore-below 0.95
+    stage make_cam.py "${shared[@]}" --split train --clip "$CLIP16" $localise --source $by --scales 1.0 --no-flip
+    stage eval.py "${shared[@]}" --split train --what cam --background power --alpha 1
+    stage make_pseudo.py "${shared[@]}" --split train --background power --alpha 1 --crf --preset deeplab --iterations 10 --ignore-below 0.95
 fi
-stage "$OUT/eval_pseudo_train.json" eval.py "${shared[@]}" --split train --what pseudo
+stage eval.py "${shared[@]}" --split train --what pseudo
 
 if [ "$METHOD" = vpl ]; then
     # score: not yet measured (paper: 49.2 on val). The rate and the crop are not the paper's, which gives none; the steps are those of VOC.
-    stage "$OUT/seg.pt" train_seg.py "${shared[@]}" --split train --model clip_decoder --clip "$CLIP16" --init none --batch-size 6 --iterations 30000 --optimizer sgd \
+    stage train_seg.py "${shared[@]}" --split train --model clip_decoder --clip "$CLIP16" --init none --batch-size 6 --iterations 30000 --optimizer sgd \
         --lr 0.01 --weight-decay 1e-4 --crop 320 --min-scale 0.5 --max-scale 1.5 --width 256 --lambda-ce 1 --lambda-rsc 1 --tau-rsc 0.07 $few
 else
     # score: not yet measured (SemPLeS: 56.1 on val, with Mask2Former and SAM; CLIP-ES: 45.4)
-    stage "$OUT/seg.pt" train_seg.py "${shared[@]}" --split train --model deeplabv2_resnet101 --init "$START" --batch-size 10 --iterations 100000 \
+    stage train_seg.py "${shared[@]}" --split train --model deeplabv2_resnet101 --init "$START" --batch-size 10 --iterations 100000 \
         --optimizer sgd --lr 2.5e-4 --weight-decay 5e-4 --crop 321 --min-scale 0.5 --max-scale 1.5 $few
 fi
-stage "$OUT/eval_seg_val.json" eval.py "${shared[@]}" --split val --what seg --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab --save
+stage eval.py "${shared[@]}" --split val --what seg --scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab --save
 launch=("$PYTHON")
-stage "$OUT/report.html" report.py "${shared[@]}" --split train
+stage report.py "${shared[@]}" --split train
 echo "== look at $OUT/report.html, $OUT/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"

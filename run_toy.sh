@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded toy world, on a CPU, from nothing. A second call skips what is finished, an interrupted one goes on.
-#   bash run_toy.sh                  data in data/toy, results in runs/toy
-#   LOOK=1 bash run_toy.sh           24 pictures and one epoch a stage: does everything run?
+#   bash run_toy.sh                  data in data/toy, results in runs/toy; what follows goes to every stage: --workers 2, --device cuda --amp bf16
+#   SEED=1 bash run_toy.sh           another seed, in runs/toy_seed1
+#   LOOK=1 bash run_toy.sh           24 pictures and one epoch a stage, in data/toy_look and runs/toy_look: does everything run?
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
-OUT=${OUT:-runs/toy}
-DATA=${DATA:-data/toy}
-SEED=${SEED:-0}
+SEED=${SEED:-0} name=toy${LOOK:+_look}
+DATA=${DATA:-data/$name}
+[ "$SEED" = 0 ] || name=${name}_seed$SEED
+OUT=${OUT:-runs/$name}
 
 # The toy recipe, a line a stage; bench/ablation.py reads it from here. Threshold .4 of the maps was fixed before anything was measured.
 PICTURES="--train 384 --val 128"
@@ -28,38 +30,37 @@ if [ -n "${LOOK:-}" ]; then
     CLS="$CLS --epochs 1" MATCH="$MATCH --epochs 1" PROMPT="$PROMPT --epochs 1" REFINE="$REFINE --epochs 1" SEG="$SEG --iterations 4" DECODER="$DECODER --iterations 4"
 fi
 
-shared="--data $DATA --out $OUT --seed $SEED $SHARED"
-clip="--clip $DATA/clip.pt"
+stage make_toy.py --out "$DATA" $PICTURES
+stage prepare_data.py check "$DATA"
 
-stage "$DATA/toy.json" make_toy.py --out "$DATA" $PICTURES
-stage "$DATA" prepare_data.py check "$DATA"
-stage "$OUT/cls.pt" train_cls.py $shared $CLS --start "$DATA/backbone.pt"
-stage "$OUT/match.pt" train_match.py $shared $clip $MATCH
-stage "$OUT/prompts.pt" train_prompt.py $shared $clip $PROMPT
-stage "$OUT/refine.pt" train_refine.py $shared $clip $REFINE
+shared=(--data "$DATA" --out "$OUT" --seed "$SEED" $SHARED) clip=(--clip "$DATA/clip.pt") more=("$@")
+stage train_cls.py "${shared[@]}" $CLS --start "$DATA/backbone.pt"
+stage train_match.py "${shared[@]}" "${clip[@]}" $MATCH
+stage train_prompt.py "${shared[@]}" "${clip[@]}" $PROMPT
+stage train_refine.py "${shared[@]}" "${clip[@]}" $REFINE
 for source in cls match refine; do
-    stage "$OUT/cam_$source.json" make_cam.py $shared --source $source --cam cam_$source
-    stage "$OUT/eval_cam_${source}_train.json" eval.py $shared --what cam --cam cam_$source $THRESHOLD
+    stage make_cam.py "${shared[@]}" --source $source --cam cam_$source
+    stage eval.py "${shared[@]}" --what cam --cam cam_$source $THRESHOLD
 done
 
-stage "$OUT/pseudo.json" make_pseudo.py $shared --cam cam_refine $THRESHOLD $MASKS
-stage "$OUT/eval_pseudo_train.json" eval.py $shared --what pseudo
-stage "$OUT/seg.pt" train_seg.py $shared $SEG --init "$DATA/backbone.pt"
-stage "$OUT/eval_seg_val.json" eval.py $shared --split val --what seg $PREDICT --save
+stage make_pseudo.py "${shared[@]}" --cam cam_refine $THRESHOLD $MASKS
+stage eval.py "${shared[@]}" --what pseudo
+stage train_seg.py "${shared[@]}" $SEG --init "$DATA/backbone.pt"
+stage eval.py "${shared[@]}" --split val --what seg $PREDICT --save
 
 # VPL, in a folder of its own: its network is another seg.pt. Text maps at both temperatures: a softer softmax alone changes maps.
-shared="--data $DATA --out $OUT/vpl --seed $SEED $SHARED"
-stage "$OUT/vpl/prototypes.pt" vpl.py $shared $clip $LOCALISE $PROTOTYPES
-stage "$OUT/vpl/cam_text.json" make_cam.py $shared $clip $LOCALISE --source text --cam cam_text
-stage "$OUT/vpl/cam_text_soft.json" make_cam.py $shared $clip $LOCALISE --source text --cam cam_text_soft --tau-t 0.1995
-stage "$OUT/vpl/cam_vision.json" make_cam.py $shared $clip $LOCALISE --source vision --cam cam_vision
+shared=(--data "$DATA" --out "$OUT/vpl" --seed "$SEED" $SHARED)
+stage vpl.py "${shared[@]}" "${clip[@]}" $LOCALISE $PROTOTYPES
+stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source text --cam cam_text
+stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source text --cam cam_text_soft --tau-t 0.1995
+stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source vision --cam cam_vision
 for source in text text_soft vision; do
-    stage "$OUT/vpl/eval_cam_${source}_train.json" eval.py $shared --what cam --cam cam_$source $THRESHOLD
+    stage eval.py "${shared[@]}" --what cam --cam cam_$source $THRESHOLD
 done
-stage "$OUT/vpl/pseudo.json" make_pseudo.py $shared --cam cam_vision --background power $MASKS
-stage "$OUT/vpl/eval_pseudo_train.json" eval.py $shared --what pseudo
-stage "$OUT/vpl/seg.pt" train_seg.py $shared $clip $DECODER
-stage "$OUT/vpl/eval_seg_val.json" eval.py $shared --split val --what seg $PREDICT --save
+stage make_pseudo.py "${shared[@]}" --cam cam_vision --background power $MASKS
+stage eval.py "${shared[@]}" --what pseudo
+stage train_seg.py "${shared[@]}" "${clip[@]}" $DECODER
+stage eval.py "${shared[@]}" --split val --what seg $PREDICT --save
 
-stage "$OUT/report.html" report.py --data "$DATA" --out "$OUT" --split train --workers 0 --amp off
+stage report.py --data "$DATA" --out "$OUT" --split train --workers 0 --amp off
 echo "== look at $OUT/report.html; $OUT/sheets/*.png and $OUT/vpl/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"

@@ -1,8 +1,16 @@
 # Sourced by every run_*.sh: leaves in $PYTHON a python that has what requirements.txt lists, and says which.
 # The python of this shell (your conda, your venv) if it can already import all of it; else ./.venv, made once. And `stage`, which runs a script.
 
-cd "$(dirname "${BASH_SOURCE[0]}")" || exit 1
 set -euo pipefail
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16; do             # paths are those of the caller's folder
+    case $name:${!name:-} in
+        *: | *:/*) ;;
+        INIT:* | START:* | CLIP*) [ ! -e "${!name}" ] || [ "$PWD" = "$home" ] || printf -v "$name" %s "$PWD/${!name}" ;;
+        *) [ "$PWD" = "$home" ] || printf -v "$name" %s "$PWD/${!name}" ;;
+    esac
+done
+cd "$home"
 
 imports='import torch, torchvision, numpy, PIL, tqdm, pytest; from clip.model import build_model'
 stamp=.venv/complete
@@ -39,23 +47,32 @@ fi
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 
-# stage FILE script.py flags ...: a script whose last act is to write FILE. What ended well stands in $OUT/commands.txt, a line a FILE. Lines at the
-# beginning of a run that stand there already are passed over without starting python; from the first other one on, every script looks for itself.
-launch=("$PYTHON") passing=1
+# stage script.py flags ...: runs it, with $more at the end, where it wins. $OUT/commands.txt holds each line that ended well, and last a checksum of
+# what $DATA, $OUT and the given files were then (names, sizes, times). A run that finds them so passes over its lines without starting python,
+# until one that does not stand there; from then on every script looks for itself what is finished.
+launch=("$PYTHON") more=() passing=ask
+case " $* " in *" --no-resume "*) passing= ;; esac
+
+state() {
+    local files
+    files=$(find "$DATA" "$OUT" "${INIT:-}" "${CLIP32:-}" "${CLIP16:-}" -type f ! -name 'commands.txt*' -printf '%p %s %T@\n' 2>/dev/null || true)
+    [ -n "$files" ] || files=$RANDOM                                       # a find without -printf: never the same
+    LC_ALL=C sort <<<"$files" | cksum
+}
+
 stage() {
-    local file=$1 commands=$OUT/commands.txt line
-    shift
-    line=$(printf '%s\t' "$file"; printf '%q ' "$@")
-    if [ "$passing" ] && [ -e "$file" ] && ! [ "$file" -nt "$commands" ] && grep -qxF -- "$line" "$commands" 2>/dev/null; then
-        echo "== $file is finished"
+    local line commands=$OUT/commands.txt
+    line=$(printf '%q ' "$@" ${more[@]+"${more[@]}"})
+    [ "$passing" != ask ] || [ "$(tail -n 1 "$commands" 2>/dev/null)" = "# $(state)" ] || passing=
+    if [ "$passing" ] && grep -qxF -- "$line" "$commands"; then
+        passing=1
+        echo "== finished: $1"
         return
     fi
     passing=
-    echo "== $*"
-    "${launch[@]}" "$@"
-    if [ -e "$file" ]; then
-        mkdir -p "$OUT"
-        { awk -F'\t' -v file="$file" '$1 != file' "$commands" 2>/dev/null || true; echo "$line"; } >"$commands.new"
-        mv "$commands.new" "$commands"
-    fi
+    echo "== $line"
+    "${launch[@]}" "$@" ${more[@]+"${more[@]}"}
+    mkdir -p "$OUT"
+    { grep -vxF -- "$line" "$commands" 2>/dev/null | grep -v '^# ' || true; echo "$line"; echo "# $(state)"; } >"$commands.new"
+    mv "$commands.new" "$commands"
 }

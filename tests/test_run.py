@@ -9,7 +9,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -40,13 +39,13 @@ def shell(tmp_path):
     for path in ROOT.glob("*.sh"):                                           # they work in their own folder
         shutil.copy(path, tmp_path)
 
-    def bash(script, *flags, **variables):
+    def bash(script, *flags, where=tmp_path, **variables):
         record = tmp_path / "record"
         record.unlink(missing_ok=True)
         known = ("VOC", "SBD", "COCO", "DATA", "OUT", "METHOD", "HOST", "INIT", "START", "LOOK", "GPUS", "SEED", "CLIP32", "CLIP16")
         env = {**{k: v for k, v in os.environ.items() if k not in known}, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(record)}
         done = subprocess.run(["bash", tmp_path / script, *flags], env={**env, **{k: str(v) for k, v in variables.items()}},
-                              cwd=tmp_path, capture_output=True, text=True, timeout=60)
+                              cwd=where, capture_output=True, text=True, timeout=60)
         lines = record.read_text().splitlines() if record.exists() else []
         return done, [line.split("\037")[:-1] for line in lines]
     return bash
@@ -145,6 +144,8 @@ def test_gpus_start_and_the_rest_of_the_command_reach_every_stage(shell, monkeyp
             assert given.get("clip") in (None, "b32.pt" if method == "semples" else "b16.pt", "ViT-B/16")
             assert "start" not in given or (given["start"], given["init"]) == ("none", "weaktr.pth")
             assert "model" not in given or given["init"] == "none"
+        lines = shell(script, "--batch-size", "3", METHOD=method, **more)[1]
+        assert all(parse(words, monkeypatch)["batch_size"] == 3 for words in lines)         # what is given wins over the recipe
 
 
 def test_the_lines_of_the_readme(shell, monkeypatch):
@@ -162,22 +163,42 @@ def test_the_lines_of_the_readme(shell, monkeypatch):
 
 
 def test_what_is_finished_is_passed_over_without_python(shell, tmp_path):
-    """The lines that begin a run and ended well before; from the first other one on every script looks for itself."""
-    world, out = tmp_path / "world", tmp_path / "out"
+    """The lines that ended well, as long as data and results are as they were; else every script looks for itself."""
+    world, out = tmp_path / "my world", tmp_path / "out"
     world.mkdir()
-    toy_run = lambda **more: shell("run_toy.sh", DATA=world, OUT=out, **more)
+    (world / "labels.txt").write_text("a cat\n")
+    toy_run = lambda *flags, **more: shell("run_toy.sh", *flags, DATA=world, OUT=out, **more)
     lines = toy_run()[1]
-    made = [world / "toy.json", world, *(out / name for name in ("cls.pt", "match.pt", "prompts.pt", "refine.pt"))]
-    for path in made:
-        path.is_dir() or path.touch()
-    assert toy_run()[1] == lines                                            # files, but no word of what made them
+    assert lines[0] == ["make_toy.py", "--out", str(world), "--train", "384", "--val", "128"]          # the blank in the name
     done, rest = toy_run()
-    assert rest == lines[6:] and all(f"== {path} is finished\n" in done.stdout for path in made)
+    assert not rest and done.stdout.count("== finished: ") == len(lines) and "look at" in done.stdout
+    (world / "labels.txt").write_text("a dog\n")
+    assert toy_run()[1] == lines and toy_run()[1] == []                     # another label of the same length
+    (out / "cls.pt").touch()
+    assert toy_run()[1] == lines and toy_run()[1] == []
+    (out / "cls.pt").unlink()
+    assert toy_run()[1] == lines and toy_run()[1] == []
     assert toy_run(SEED=1)[1] == [["1" if before == "--seed" else word for before, word in zip(["", *words], words)] for words in lines[2:]]
-    assert toy_run()[1] == lines[2:]                                        # a file is what its last line made
-    ahead = time.time() + 60
-    os.utime(out / "match.pt", (ahead, ahead))
-    assert toy_run()[1] == lines[3:]                                        # newer than the record: made by hand
+    assert toy_run("--workers", "2")[1] == [words + ["--workers", "2"] for words in lines[2:]]
+    for _ in range(2):
+        assert len(toy_run("--no-resume")[1]) == len(lines)                 # is never passed over
+    done, rest = toy_run(STATUS=3, SEED=2)
+    assert done.returncode == 3 and rest[0][0] == "train_cls.py" and len(rest) == 1
+    assert toy_run(SEED=2)[1][0] == rest[0]                                 # what did not end well is no line that did
+
+
+def test_look_and_seeds_have_folders_of_their_own_and_paths_are_the_callers(shell, tmp_path):
+    folders = lambda words: (words[words.index("--data") + 1], words[words.index("--out") + 1])
+    assert folders(shell("run_toy.sh")[1][2]) == ("data/toy", "runs/toy")
+    assert folders(shell("run_toy.sh", LOOK=1)[1][2]) == ("data/toy_look", "runs/toy_look")
+    assert folders(shell("run_toy.sh", SEED=3)[1][2]) == ("data/toy", "runs/toy_seed3")
+    assert folders(shell("run_voc.sh", VOC="/v", LOOK=1, METHOD="vpl")[1][0]) == ("/v", "runs/voc_vpl_look")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/b32.pt").touch()
+    lines = shell("run_voc.sh", VOC="v o c", OUT="o", CLIP32="b32.pt", where=tmp_path / "elsewhere")[1]
+    assert folders(lines[0]) == (str(tmp_path / "elsewhere/v o c"), str(tmp_path / "elsewhere/o"))
+    assert lines[1][lines[1].index("--clip") + 1] == str(tmp_path / "elsewhere/b32.pt")
+    assert "ViT-B/16" in shell("run_voc.sh", VOC="v", METHOD="vpl", where=tmp_path / "elsewhere")[1][0]
 
 
 # ---------------------------------------------------------------- the stand-ins
