@@ -339,9 +339,9 @@ def read_labels(folder, ids, found):
             found["bad id"].append(error)
             continue
         if id in table:
-            found["duplicate id"].append(f"{path}:{number}: {id} has a second line: put its classes on one")
+            found["duplicate id"].append(f"{path}:{number}: {id} has a second line: put its classes on one; fields are parted by tabs where a file name holds blanks")
         if unknown:
-            found["bad label"].append(f"{path}:{number}: {unknown[0]!r} is not in classes.txt")
+            found["bad label"].append(f"{path}:{number}: {unknown[0]!r} is not in classes.txt; blanks in names are written _, or fields are parted by tabs")
         if id:
             table[id] = None if unknown else {index[name] if name in index else int(name) for name in names}
     return table

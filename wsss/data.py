@@ -184,7 +184,7 @@ def parse_id(line, path):
 
 
 def check_id(id, path):
-    if not id or id.startswith(".") or set(id) & set("/\\\0") or id != id.strip():
+    if not id or id.startswith(".") or set(id) & set("/\\\0") or id != id.strip() or id.endswith(PICTURES):
         raise ValueError(f"{path}: {id!r} is no picture id: write the file name without folder and ending")
     return id
 
@@ -200,11 +200,12 @@ def read_label_list(path, classes):
         id, *names = [t.strip() for t in line.split("\t")] if "\t" in line else line.split()
         check_id(id, path)
         if id in labels:
-            raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one")
+            raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one; fields are parted by tabs where a file name holds blanks")
         present = set()
         for name in filter(None, names):
             if name not in index and not (name.isdecimal() and int(name) < len(classes)):
-                raise ValueError(f"{path}:{number}: {name!r} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...)")
+                raise ValueError(f"{path}:{number}: {name!r} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
+                                 "blanks in names are written _, or fields are parted by tabs")
             present.add(index[name] if name in index else int(name))
         labels[id] = sorted(present)
     return labels
