@@ -242,8 +242,8 @@ STAGES = [f"stage{n}" for n in (1, 2, 3, 4)]
 MASK2FORMER = {  # the Swin, and what is not Mask2Former's default
     "mask2former_swin_large": (dict(image_size=384, embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12, drop_path_rate=0.3), {}),
     "mask2former_toy": (dict(image_size=96, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=6, drop_path_rate=0.0),
-                        dict(hidden_dim=32, feature_size=32, mask_feature_size=32, num_attention_heads=4, encoder_layers=1, encoder_feedforward_dim=64,
-                             decoder_layers=3, dim_feedforward=64, num_queries=10, train_num_points=512)),
+                        dict(hidden_dim=64, feature_size=64, mask_feature_size=64, num_attention_heads=4, encoder_layers=1, encoder_feedforward_dim=128,
+                             decoder_layers=3, dim_feedforward=128, num_queries=10, train_num_points=512)),
 }
 
 
@@ -300,8 +300,8 @@ def semantic_logits(classes, masks):
 
 def transformers():
     try:
-        import transformers
         import scipy  # noqa: F401: its Hungarian matching
+        import transformers
     except ImportError as error:
         raise ValueError(f"Mask2Former needs the library {error.name}: pip install transformers scipy") from None
     transformers.logging.set_verbosity_error()
@@ -347,7 +347,7 @@ def build_mask2former(name, num_classes, init=None):
     model = Mask2Former(plain(config))
     fresh = {key: value for key, value in model.network.state_dict().items() if key not in state}
     load_strictly(init, model.network.load_state_dict, {**fresh, **state})
-    parts = Counter(".".join(key.split(".")[:3 if "pixel_level" in key else 2]) for key in fresh)
+    parts = Counter(".".join(key.split(".")[:-1][:3]) for key in fresh)
     model.origin = (f"{init}: {len(state)} tensors read; fresh are {', '.join(f'{part} ({n})' for part, n in parts.items())}; "
                     f"left out: {', '.join(sorted(notes['unexpected_keys'])) or 'nothing'}")
     return model
