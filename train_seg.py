@@ -17,7 +17,7 @@ lambda_ce L_CE + lambda_RSC L_RSC, the second contrasting the region of each cla
     python train_seg.py --data /data/VOC2012 --out runs/truth --label-dir /data/VOC2012/SegmentationClassAug            # the upper bound
     python train_seg.py --data /data/VOC2012 --out runs/vpl --model clip_decoder                                        # VPL phase 2
     python train_seg.py --data /data/VOC2012 --out runs/weaktr --model segmenter_deit_small
-    python train_seg.py --data /data/VOC2012 --out runs/m2f --model mask2former_swin_large --init facebook/mask2former-swin-large-ade-semantic
+    python train_seg.py --data /data/VOC2012 --out runs/m2f --model mask2former_swin_large
     python train_seg.py --data data/toy --out runs/toy --split train --model deeplab_toy --init data/toy/backbone.pt \\
         --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8 --iterations 240 --lr 1e-4
 """
@@ -52,7 +52,7 @@ def parse():
     p.add_argument("--model", choices=list(segmenter.NAMES), default="deeplabv2_resnet101", help="architecture")
     p.add_argument("--label-dir", type=Path, help="masks to learn instead of <out>/pseudo, one <id>.png for each picture of --split")
     p.add_argument("--init", help="weights to start from: imagenet (the default, downloaded once), none (clip_decoder's), or a file: of a backbone, or a whole seg.pt; "
-                   "for Mask2Former also the name or the folder of a Swin or of a whole Mask2Former, as transformers has them")
+                   "for Mask2Former also the name or the folder of a Swin, or of a whole Mask2Former (which has seen true masks), as transformers has them")
     p.add_argument("--train-batchnorm", action=argparse.BooleanOptionalAction,
                    help="DeepLab: BatchNorm learns too, with the statistics of all processes (on GPUs); if not given, only with --init none")
     g = p.add_argument_group("training")
@@ -216,7 +216,7 @@ def main():
     for step, (images, masks, numbers) in env.progress(stream(loader, batches, begin, args.iterations), "seg", args.iterations, begin):
         images, masks = images.to(env.device, non_blocking=True), masks.to(env.device, non_blocking=True)
         with env.autocast():
-            predictions = network(images)                                       # DeepLab: a tuple of (B, 1 + C, h, w)
+            predictions = network(images)                                       # DeepLab, Segmenter: a tuple of (B, 1 + C, h, w)
         if decoder or sets:
             logits, *more = predictions
             predictions = [logits]

@@ -516,6 +516,14 @@ def test_networks_in_half_precision_are_close(world, networks, tmp_path, model):
     assert first["loss"] == pytest.approx(plain["loss"], rel=0.03) and first["loss"] != plain["loss"]
 
 
+def test_what_was_read_is_said(mask2former, world, tmp_path):
+    mask2former.network.save_pretrained(tmp_path / "whole")
+    more = network_flags(world, tmp_path / "out", "mask2former_toy", "--iterations", "1")
+    more[more.index("none")] = tmp_path / "whole"
+    done = call("train_seg.py", *more)
+    assert done.returncode == 0 and f"whole: {len(mask2former.state_dict()) - 3} tensors read; fresh are class_predictor (2), criterion (1)" in done.stdout, done.stdout + done.stderr
+
+
 def test_a_missing_library_is_one_line(world, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace())                             # there, or not here either
     monkeypatch.setitem(sys.modules, "transformers", None)

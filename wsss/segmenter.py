@@ -295,7 +295,8 @@ def semantic_logits(classes, masks):
     """(B, Q, 2 + C), (B, Q, H, W) -> (B, 1 + C, H, W): the log of sum_q softmax(class without null) sigmoid(mask).
 
     The softmax over classes of this log is that sum divided by its total: each pixel's scores as probabilities."""
-    return torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks.sigmoid()).clamp(min=1e-6).log()
+    with torch.autocast(classes.device.type, enabled=False):
+        return torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks.sigmoid()).clamp(min=1e-6).log()
 
 
 def transformers():
@@ -312,19 +313,24 @@ def transformers():
 def build_mask2former(name, num_classes, init=None):
     """`init`: None, "imagenet", a whole network of ours, or a model's name or folder that transformers reads: a Swin, or a whole Mask2Former."""
     library, (swin, rest) = transformers(), MASK2FORMER[name]
-    if init is not None and Path(init).is_file():
-        content = read(init)
-        if "config" not in content:
-            raise ValueError(f"{init}: not a Mask2Former of ours (train_seg.py writes seg.pt); of others give the name or the folder")
-        model = Mask2Former(content["config"])
-        load_strictly(init, model.load_state_dict, state_of(content, init))
-        return model
     if init is None:
         config = library.Mask2FormerConfig(backbone_config=library.SwinConfig(**swin, out_features=STAGES), num_labels=1 + num_classes, **rest)
         return Mask2Former(plain(config))
+    if not Path(init).is_file():
+        return start_mask2former(library, name, num_classes, init)
+    content = read(init)
+    if "config" not in content:
+        raise ValueError(f"{init}: not a Mask2Former of ours (train_seg.py writes seg.pt); of others give the name or the folder")
+    model = Mask2Former(content["config"])
+    load_strictly(init, model.load_state_dict, state_of(content, init))
+    return model
+
+
+def start_mask2former(library, name, num_classes, init):
+    """A Mask2Former with the weights of a Swin, or of a whole one but for its classes. What is not there and should be is refused; `origin` says the rest."""
     if init == "imagenet" and name != "mask2former_swin_large":
         raise ValueError(f"segmenter {name} has no ImageNet weights: give a folder that transformers reads, or none")
-    init = SWIN_LARGE if init == "imagenet" else init
+    init, (swin, rest) = SWIN_LARGE if init == "imagenet" else init, MASK2FORMER[name]
     config = pretrained(library.AutoConfig, init)
     if config.model_type not in ("swin", "mask2former"):
         raise ValueError(f"{init} is a {config.model_type}: {name} starts from a Swin or from a whole Mask2Former")
@@ -334,17 +340,18 @@ def build_mask2former(name, num_classes, init=None):
         raise ValueError(f"{init} has a Swin of width {found.embed_dim} and depths {list(found.depths)}, {name} one of {swin['embed_dim']} and {swin['depths']}")
     if whole:
         source, notes = pretrained(library.Mask2FormerForUniversalSegmentation, init, output_loading_info=True)
-        state = {key: value for key, value in source.state_dict().items() if not key.startswith(("class_predictor.", "criterion."))}
+        prefix, own = "", ("class_predictor.", "criterion.")      # our classes are others
         config.num_labels = 1 + num_classes
     else:
         source, notes = pretrained(library.SwinBackbone, init, out_features=STAGES, output_loading_info=True)
-        state = {f"model.pixel_level_module.encoder.{key}": value for key, value in source.state_dict().items() if not key.startswith("hidden_states_norms.")}
+        prefix, own = "model.pixel_level_module.encoder.", ("hidden_states_norms.",)                  # a classifier's Swin has none
         source.config.drop_path_rate = swin["drop_path_rate"]
         config = library.Mask2FormerConfig(backbone_config=source.config, num_labels=1 + num_classes, **rest)
-    missing = [key for key in notes["missing_keys"] if not key.startswith(("hidden_states_norms.", "criterion."))]
+    missing = [key for key in notes["missing_keys"] if not key.startswith(own)]
     if missing:
-        raise ValueError(f"{init} lacks {len(missing)} weights, {missing[0]} among them")
+        raise ValueError(f"{init} lacks {len(missing)} weights of a {config.model_type}, {min(missing)} among them")
     model = Mask2Former(plain(config))
+    state = {prefix + key: value for key, value in source.state_dict().items() if not key.startswith(own)}
     fresh = {key: value for key, value in model.network.state_dict().items() if key not in state}
     load_strictly(init, model.network.load_state_dict, {**fresh, **state})
     parts = Counter(".".join(key.split(".")[:-1][:3]) for key in fresh)
@@ -357,7 +364,7 @@ def pretrained(kind, where, **more):
     try:
         return kind.from_pretrained(where, **more)
     except (OSError, ValueError) as error:                        # no such model, no connection, a folder of something else
-        raise ValueError(f"{where}: transformers reads no network there ({' '.join(str(error).split())[:200]}): "
+        raise ValueError(f"{where}: transformers reads no network there ({' '.join(str(error).split())[:120]}): "
                          "give a model's name, with a connection, or the folder of a downloaded one") from None
 
 
