@@ -33,7 +33,8 @@ from torchvision.transforms import v2
 from wsss import clip_model, common, data, gradcam, losses, segmenter
 
 # What each paper trains its network with; a toy network takes its big sister's. VPL gives neither rate nor crop: ours, and WeCLIP's.
-# 264,500 steps of 4 are WeakTr's 100 epochs of train_aug. Of scales SemPLeS says nothing; decay of Mask2Former is that of its own paper.
+# 264,500 steps of 4 are WeakTr's 100 epochs of train_aug. Of scales SemPLeS says nothing; the decay of Mask2Former is that of its own paper.
+# Differs from the paper: in WeakTr's code SGD's momentum is Nesterov's, and the rate ends at 1e-5, not at 0.
 PAPERS = {
     "deeplab": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "optimizer": "sgd", "lr": 2.5e-4, "weight_decay": 5e-4, "crop": 321, "max_scale": 1.5},
     "segmenter": {"init": "imagenet", "batch_size": 4, "iterations": 264_500, "optimizer": "sgd", "lr": 1e-4, "weight_decay": 0.0, "crop": 480, "max_scale": 2.0,
