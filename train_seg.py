@@ -1,18 +1,23 @@
 """Train a segmentation network on the pseudo masks, or on any folder of masks.
 
-Paper   SemPLeS Tables 2 and 3, the rows of DeepLab-v2 with ResNet-101; VPL phase 2, Eq. 12-14 (--model clip_decoder)
+Paper   SemPLeS Tables 2 and 3, the rows of DeepLab-v2 with ResNet-101, of Segmenter with DeiT-S (WeakTr) and of Mask2Former with Swin-L;
+        VPL phase 2, Eq. 12-14 (--model clip_decoder)
 Reads   pictures of --data, masks <out>/pseudo/<id>.png (make_pseudo.py) or --label-dir/<id>.png, ImageNet weights;
         clip_decoder: CLIP and <out>/prototypes.pt (vpl.py)
 Writes  <out>/seg.pt, <out>/seg.last.pt (to resume), <out>/seg.jsonl
 
 DeepLab sees a random crop at scales 1, .75 and .5; the loss is the sum of four mean cross-entropies, of the three predictions
-and of their elementwise maximum. clip_decoder is a decoder over the frozen CLIP, whose pixels V are compared with the vision prototypes W:
+and of their elementwise maximum. Segmenter has one prediction, and WeakTr's clamp: pixels of an unusually large loss do not train.
+Mask2Former (pip install transformers scipy) predicts a set of masks with a class each: they are matched with the masks of the picture's classes,
+the background's among them, at random points. clip_decoder is a decoder over the frozen CLIP, whose pixels V are compared with the vision prototypes W:
 lambda_ce L_CE + lambda_RSC L_RSC, the second contrasting the region of each class in a picture with W. A pixel labelled 255 has no loss. True masks are opened only where --label-dir points at them.
 
     python train_seg.py --data /data/VOC2012 --out runs/voc                                                             # VOC
     torchrun --nproc_per_node 4 train_seg.py --data /data/COCO --out runs/coco --split train --iterations 100000        # COCO
     python train_seg.py --data /data/VOC2012 --out runs/truth --label-dir /data/VOC2012/SegmentationClassAug            # the upper bound
     python train_seg.py --data /data/VOC2012 --out runs/vpl --model clip_decoder                                        # VPL phase 2
+    python train_seg.py --data /data/VOC2012 --out runs/weaktr --model segmenter_deit_small
+    python train_seg.py --data /data/VOC2012 --out runs/m2f --model mask2former_swin_large
     python train_seg.py --data data/toy --out runs/toy --split train --model deeplab_toy --init data/toy/backbone.pt \\
         --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8 --iterations 240 --lr 1e-4
 """
@@ -27,28 +32,45 @@ from torchvision.transforms import v2
 
 from wsss import clip_model, common, data, gradcam, losses, segmenter
 
-# What each paper trains its network with. VPL gives neither rate nor crop: ours, and WeCLIP's.
-PAPERS = {"deeplabv2_resnet101": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "lr": 2.5e-4, "weight_decay": 5e-4, "crop": 321},
-          "clip_decoder": {"init": "none", "batch_size": 6, "iterations": 30_000, "lr": 0.01, "weight_decay": 1e-4, "crop": 320}}
+# What each paper trains its network with; a toy network takes its big sister's. VPL gives neither rate nor crop: ours, and WeCLIP's.
+# 264,500 steps of 4 are WeakTr's 100 epochs of train_aug. Of scales SemPLeS says nothing; the decay of Mask2Former is that of its own paper.
+# Differs from the paper: in WeakTr's code SGD's momentum is Nesterov's, and the rate ends at 1e-5, not at 0.
+PAPERS = {
+    "deeplab": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "optimizer": "sgd", "lr": 2.5e-4, "weight_decay": 5e-4, "crop": 321, "max_scale": 1.5},
+    "segmenter": {"init": "imagenet", "batch_size": 4, "iterations": 264_500, "optimizer": "sgd", "lr": 1e-4, "weight_decay": 0.0, "crop": 480, "max_scale": 2.0,
+                  "clamp_start": 1.2, "clamp_tile": 120},
+    "mask2former": {"init": "imagenet", "batch_size": 4, "iterations": 80_000, "optimizer": "adamw", "lr": 1e-4, "weight_decay": 0.05, "crop": 512, "max_scale": 2.0},
+    "clip_decoder": {"init": "none", "batch_size": 6, "iterations": 30_000, "optimizer": "sgd", "lr": 0.01, "weight_decay": 1e-4, "crop": 320, "max_scale": 1.5},
+}
+
+
+def papers(flag):
+    return "; if not given, the paper's: " + ", ".join(f"{name} {values[flag]:,}" for name, values in PAPERS.items())
 
 
 def parse():
     p = common.parser(__doc__, batch_size=None)
     p.add_argument("--model", choices=list(segmenter.NAMES), default="deeplabv2_resnet101", help="architecture")
     p.add_argument("--label-dir", type=Path, help="masks to learn instead of <out>/pseudo, one <id>.png for each picture of --split")
-    p.add_argument("--init", help="weights to start from: imagenet (DeepLab's default, downloaded once), none (clip_decoder's), or a file: of a backbone, or a whole seg.pt")
+    p.add_argument("--init", help="weights to start from: imagenet (the default, downloaded once), none (clip_decoder's), or a file: of a backbone, or a whole seg.pt; "
+                   "for Mask2Former also the name or the folder of a Swin, or of a whole Mask2Former (which has seen true masks), as transformers has them")
     p.add_argument("--train-batchnorm", action=argparse.BooleanOptionalAction,
-                   help="BatchNorm learns too, with the statistics of all processes (on GPUs); if not given, only with --init none")
-    g = p.add_argument_group("training; defaults are the paper's, for DeepLab / for clip_decoder")
-    g.add_argument("--iterations", type=common.positive, help="steps: 20,000 / 30,000 (COCO: 100,000); --batch-size: 10 / 6")
-    g.add_argument("--lr", type=float, help="SGD's first rate, poly 0.9 to 0: 2.5e-4 for the backbone, x 10 for the head, x 20 for its biases / 0.01")
-    g.add_argument("--optimizer", choices=["sgd", "adamw"], default="sgd", help="both papers: SGD, momentum 0.9; AdamW moves a fresh decoder in few steps")
-    g.add_argument("--weight-decay", type=float, help="5e-4 / 1e-4")
-    g.add_argument("--crop", type=common.positive, help="side of the random crop in pixels: 321 / 320; for DeepLab best a multiple of its stride plus 1")
+                   help="DeepLab: BatchNorm learns too, with the statistics of all processes (on GPUs); if not given, only with --init none")
+    g = p.add_argument_group("training")
+    g.add_argument("--iterations", type=common.positive, help=f"steps{papers('iterations')} (COCO: DeepLab 100,000). --batch-size{papers('batch_size')}")
+    g.add_argument("--lr", type=float, help="first rate, poly 0.9 to 0. DeepLab: of the backbone, x 10 for the head, x 20 for its biases; "
+                   f"Segmenter and Mask2Former: a tenth of it for the backbone{papers('lr')}")
+    g.add_argument("--optimizer", choices=["sgd", "adamw"], help="SGD, momentum 0.9, if not given, for Mask2Former AdamW; AdamW moves a fresh decoder in few steps")
+    g.add_argument("--weight-decay", type=float, help=f"decay{papers('weight_decay')}")
+    g.add_argument("--crop", type=common.positive, help="side of the random crop in pixels, for DeepLab best a multiple of its stride plus 1, "
+                   f"for Mask2Former a multiple of 32{papers('crop')}")
     g.add_argument("--min-scale", type=float, default=0.5, help="before the crop, a picture is resized by a random factor from this ...")
-    g.add_argument("--max-scale", type=float, default=1.5, help="... to this")
+    g.add_argument("--max-scale", type=float, help=f"... to this{papers('max_scale')}")
     g.add_argument("--log-every", type=common.positive, default=20, help="steps between two lines of the log")
     g.add_argument("--save-every", type=common.positive, default=500, help="steps between two states to resume from")
+    g = p.add_argument_group("Segmenter (WeakTr)")
+    g.add_argument("--clamp-start", type=float, help="large losses are clamped once their mean is below this, 1.2 if not given; 0: never")
+    g.add_argument("--clamp-tile", type=common.positive, help="to the mean of their tile over the batch; its side in pixels, 120 if not given")
     g = p.add_argument_group("clip_decoder (VPL phase 2)")
     g.add_argument("--clip", default="ViT-B/16", help="the frozen CLIP, that of vpl.py: OpenAI name, or a file with CLIP's weights")
     g.add_argument("--lambda-ce", type=float, default=1.0, help="weight of the cross-entropy (Eq. 14)")
@@ -56,15 +78,19 @@ def parse():
     g.add_argument("--tau-rsc", type=float, default=0.07, help="temperature of Eq. 13")
     g.add_argument("--width", type=common.positive, default=256, help="channels of the decoder, a multiple of its 8 heads")
     args = p.parse_args()
-    for name, value in PAPERS.get(args.model, PAPERS["deeplabv2_resnet101"]).items():
+    if not args.model.startswith("segmenter") and (args.clamp_start is not None or args.clamp_tile is not None):
+        p.error("--clamp-start and --clamp-tile are of Segmenter's loss")
+    for name, value in next(values for kind, values in PAPERS.items() if args.model.startswith(kind)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.width % 8 or args.tau_rsc <= 0:
         p.error("--width is a multiple of 8, --tau-rsc above 0")
     if not 0 < args.min_scale <= args.max_scale:
         p.error("--min-scale is above 0 and at most --max-scale")
+    if args.model.startswith("mask2former") and args.crop % segmenter.Mask2Former.stride:
+        p.error(f"--crop of a Mask2Former is a multiple of {segmenter.Mask2Former.stride}")
     if args.train_batchnorm is None:
-        args.train_batchnorm = args.init == "none" and args.model != "clip_decoder"       # which has none
+        args.train_batchnorm = args.init == "none" and args.model.startswith("deeplab")   # the others have none
     return args
 
 
@@ -103,20 +129,33 @@ def on_grid(masks, size):
     return masks[:, rows[:, None], columns]
 
 
-def pixel_loss(logits, target):
-    """Mean cross-entropy over the pixels of all processes that have a label.   (B, 1 + C, h, w), (B, h, w) -> scalar"""
-    return common.mean(F.cross_entropy(logits.float(), target, ignore_index=data.IGNORE, reduction="none"), target != data.IGNORE)
+def pixel_loss(logits, target, clamp=lambda ce, known: ce):
+    """Mean cross-entropy, clamped or not, over the pixels of all processes that have a label.   (B, 1 + C, h, w), (B, h, w) -> scalar"""
+    known = target != data.IGNORE
+    return common.mean(clamp(F.cross_entropy(logits.float(), target, ignore_index=data.IGNORE, reduction="none"), known), known)
+
+
+def set_loss(classes, masks, label_maps, numbers, seed, config, env):
+    """Mask2Former's three losses, sums over its L decoder layers of means over all processes.   (L, B, Q, 2 + C), (L, B, Q, h, w), (B, H, W)"""
+    # Differs from the paper: it draws points for every mask and layer. Here a picture has its own, from (seed, step, picture): the same in any process.
+    generators = (torch.Generator().manual_seed(hash((*seed, n)) & 0x7FFFFFFFFFFFFFFF) for n in numbers.tolist())
+    pictures = [losses.set_losses(*picture, config, generator) for *picture, generator in zip(classes.unbind(1), masks.unbind(1), label_maps, generators)]
+    ce, weight, bce, dice = (torch.cat(part, 1) for part in zip(*pictures))     # (L, B Q) twice, (L, masks) twice
+    ce = (weight * ce).sum() * env.world / env.sum(weight.sum()).clamp(min=1e-6)
+    return {"classes": len(masks) * ce, "masks": len(masks) * common.mean(bce), "dice": len(masks) * common.mean(dice)}
 
 
 def build(args, folder, env):
     """The network on its device, its BatchNorm settled."""
     init = None if args.init == "none" else args.init
-    if init and init != "imagenet" and "stage" in segmenter.read(init):
+    if init and Path(init).is_file() and "stage" in segmenter.read(init):
         common.load(init, "seg", folder.classes)                                # a whole network: of these classes, in this order
     if args.model != "clip_decoder":
         model = segmenter.build_segmenter(args.model, len(folder.classes), init).to(env.device)
-        if not args.train_batchnorm:
+        if args.model.startswith("deeplab") and not args.train_batchnorm:
             model.rest_batchnorm()
+        if env.main and getattr(model, "origin", None):
+            print(model.origin)
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if env.world > 1 and args.train_batchnorm else model
     clip = clip_model.load_clip(args.clip, env.device)
     visual = clip.model.visual
@@ -148,6 +187,7 @@ def main():
     out, last = args.out / "seg.pt", args.out / "seg.last.pt"
     label_dir = args.label_dir or args.out / "pseudo"
     decoder = {"clip": args.clip, "prototypes": args.out / "prototypes.pt"} if args.model == "clip_decoder" else {}
+    sets = args.model.startswith("mask2former")
     args.inputs = common.inputs(init=args.init, masks=label_dir, **decoder)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
@@ -167,27 +207,38 @@ def main():
     loader, batches = data.loader(samples, args.batch_size, env, args.workers)
     _, begin = common.load_state(last, model, optimizer, schedule, scaler, args)
     network = env.parallel(model.train())
+    clamp = (lambda ce, known: losses.clamp_losses(ce, known, args.clamp_start, args.clamp_tile, env.sum)) if args.clamp_start else lambda ce, known: ce
+    weights = {"ce": args.lambda_ce, "rsc": args.lambda_rsc}                    # VPL Eq. 14; DeepLab and Segmenter have the first term only
+    if sets:
+        config = model.network.config
+        weights = {"classes": config.class_weight, "masks": config.mask_weight, "dice": config.dice_weight}
     log, meter = common.Log(args.out / "seg.jsonl", args, env, begin), common.Meter(env)
 
     for step, (images, masks, numbers) in env.progress(stream(loader, batches, begin, args.iterations), "seg", args.iterations, begin):
         images, masks = images.to(env.device, non_blocking=True), masks.to(env.device, non_blocking=True)
         with env.autocast():
-            predictions = network(images)                                       # DeepLab: a tuple of (B, 1 + C, h, w)
-        if decoder:
-            logits, coarse, v = predictions
+            predictions = network(images)                                       # DeepLab, Segmenter: a tuple of (B, 1 + C, h, w)
+        if decoder or sets:
+            logits, *more = predictions
             predictions = [logits]
         targets = [on_grid(masks, logits.shape[2:]) for logits in predictions]
-        ce = sum(pixel_loss(logits, target) for logits, target in zip(predictions, targets))
-        rsc = region_loss(coarse, v, masks, model.prototypes, args.tau_rsc, env, batches.batch_size) if decoder and args.lambda_rsc else 0 * ce
-        loss = args.lambda_ce * ce + args.lambda_rsc * rsc                      # VPL Eq. 14; DeepLab has the first term only
+        if sets:
+            parts = set_loss(*more, masks, numbers, (args.seed, step), config, env)
+        else:
+            ce = sum(pixel_loss(logits, target, clamp) for logits, target in zip(predictions, targets))
+            rsc = region_loss(*more, masks, model.prototypes, args.tau_rsc, env, batches.batch_size) if decoder and args.lambda_rsc else 0 * ce
+            parts = {"ce": ce, "rsc": rsc}
+        loss = sum(weights[name] * part for name, part in parts.items())
         lr = optimizer.param_groups[0]["lr"]
         scaler.scale(loss).backward()
+        if sets:                                                                # From the authors' code, not in the paper: (Mask2Former's)
+            scaler.unscale_(optimizer), torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
         with torch.no_grad():
             label, target = predictions[-1].argmax(1), targets[-1]              # (B, h, w) each
             scored = target != data.IGNORE
-            meter.add(numbers, loss=loss, ce=ce, rsc=rsc, accuracy=common.mean((label == target).float(), scored),
+            meter.add(numbers, loss=loss, **parts, accuracy=common.mean((label == target).float(), scored),
                       foreground=common.mean((label > 0).float(), scored), scored=common.mean(scored.float()))
         save = step == args.iterations or step % args.save_every == 0
         if save or step % args.log_every == 0:
@@ -196,7 +247,7 @@ def main():
             common.save_state(last, model, optimizer, schedule, scaler, 0, step, args)
 
     if env.main:
-        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args), clip=getattr(model, "clip", None))
+        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args), clip=getattr(model, "clip", None), config=getattr(model, "config", None))
     env.close(f"{out} is finished")
 
 

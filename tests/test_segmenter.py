@@ -1,13 +1,17 @@
-"""DeepLab-v2 against naive loops: stride, summed branches, three scales; parameter groups; what a file of weights may be."""
+"""DeepLab-v2 against naive loops: stride, summed branches, three scales; Segmenter's head and encoder; Mask2Former against its library;
+parameter groups; what a file of weights may be."""
+import json
+import sys
+from types import ModuleType
 from urllib.error import URLError
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT
+from conftest import ROOT, same
 from torchvision.models import resnet101
 
-from wsss import segmenter
+from wsss import generator, segmenter
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 
@@ -223,3 +227,250 @@ def test_imagenet_comes_from_torchvision(monkeypatch, published):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
     with pytest.raises(ValueError, match=r"not known.*put https://\S+63fe2227.pth at /\S+/checkpoints/resnet101-63fe2227.pth, or give --init FILE or --init none"):
         segmenter.download_imagenet("deeplabv2_resnet101")
+
+
+# ---------------------------------------------------------------- Segmenter
+
+def naive_logits(model, tokens, N):
+    """LayerNorm over the classes of the cosines of patches and classes, a number at a time."""
+    patches = [model.patch_space.weight @ y for y in tokens[:N]]
+    classes = [model.class_space.weight @ y for y in tokens[N:]]
+    rows = []
+    for p in patches:
+        cosines = [(p @ c / (p.norm() * c.norm())).item() for c in classes]
+        mean = sum(cosines) / len(cosines)
+        spread = (sum((v - mean) ** 2 for v in cosines) / len(cosines) + 1e-5) ** 0.5
+        rows.append([(v - mean) / spread * w.item() + b.item() for v, w, b in zip(cosines, model.balance.weight, model.balance.bias)])
+    return torch.tensor(rows)
+
+
+def test_segmenter_compares_patches_with_classes(monkeypatch):
+    torch.manual_seed(0)
+    model = segmenter.build_segmenter("segmenter_toy", 3).eval()
+    model.balance.weight.data, model.balance.bias.data = torch.rand(4), torch.rand(4)
+    seen = []
+    model.norm.register_forward_hook(lambda module, x, y: seen.append(y))
+    images = torch.rand(2, 3, 16, 24)
+    enlarge, asked = F.interpolate, []
+    with torch.no_grad():
+        whole = model(images)
+        monkeypatch.setattr(F, "interpolate", lambda x, size=None, **how: asked.append((tuple(size), how)) or (x if x.shape[1] == 4 else enlarge(x, size, **how)))
+        grid = model(images)
+        monkeypatch.undo()
+        assert asked[-1] == ((16, 24), {"mode": "bilinear", "align_corners": False}) and grid.shape == (2, 4, 2, 3)
+        assert torch.equal(enlarge(grid, (16, 24), mode="bilinear", align_corners=False), whole)
+        for b in range(2):
+            assert torch.allclose(grid[b].flatten(1).T, naive_logits(model, seen[1][b], 6), atol=1e-5)
+
+
+def test_segmenters_encoder_is_the_deit_of_the_generator():
+    torch.manual_seed(0)
+    other = generator.DeiT(1, drop_path=0.0, **generator.TINY).eval()
+    torch.nn.init.normal_(other.norm.weight)
+    encoder = segmenter.Encoder(64, 2, 4, patch=6, grid=4, drop_path=0.0).eval()
+    encoder.load_state_dict({k: v for k, v in other.state_dict().items() if k in encoder.state_dict()})
+    images = torch.rand(2, 3, 24, 24)
+    with torch.no_grad():
+        tokens, size = encoder(normalised(other, images))
+        assert size == (4, 4) and torch.allclose(tokens, other.norm(other.run_blocks(images)[0])[:, 1:], atol=1e-5)
+
+
+def test_noise_of_segmenter_is_of_training_alone():
+    torch.manual_seed(0)
+    block, x = segmenter.Block(8, 2, drop_path=0.5), torch.rand(400, 3, 8)
+    kept = block.train()(x) != x
+    scaled = segmenter.Block.drop(block, torch.ones(400, 1, 1)).unique()
+    assert scaled.tolist() == [0, 2] and 0.6 < kept.flatten(1).any(1).float().mean() < 0.9                # two branches, each half the time
+    assert torch.equal(block.eval()(x), block(x)) and not (block(x) == x).all()
+
+
+@pytest.mark.parametrize("size", [(30, 41), (96, 96), (8, 5)])
+def test_segmenter_takes_any_size(size):
+    torch.manual_seed(0)
+    model = segmenter.build_segmenter("segmenter_toy", 3).eval()
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        found = model(images)
+        fill = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1).expand(2, 3, 96, 96).clone()
+        h, w = -(-size[0] // 8) * 8, -(-size[1] // 8) * 8
+        fill[..., :size[0], :size[1]] = images
+        assert found.shape == (2, 4, *size) and torch.allclose(found, model(fill[..., :h, :w])[..., :size[0], :size[1]], atol=1e-5)
+        assert torch.equal(model.train()(images)[0], found)                                             # the toy has no noise
+
+
+def test_windows_overlap_and_average():
+    torch.manual_seed(0)
+    model = segmenter.build_segmenter("segmenter_toy", 3).eval()
+    images = torch.rand(1, 3, 90, 130)
+    with torch.no_grad():
+        found, left, right = segmenter.windows(model, images), model(images[..., :96]), model(images[..., 34:])
+        assert torch.allclose(found[..., :34], left[..., :34]) and torch.allclose(found[..., 96:], right[..., 62:], atol=1e-6)
+        assert torch.allclose(found[..., 34:96], (left[..., 34:] + right[..., :62]) / 2, atol=1e-6)
+
+
+def test_segmenter_groups_and_bounds():
+    model = segmenter.build_segmenter("segmenter_toy", 3)
+    rest, encoder = model.groups(1e-4)
+    assert (rest["lr"], encoder["lr"]) == pytest.approx((1e-4, 1e-5))
+    assert {id(w) for w in encoder["params"]} == {id(w) for w in model.encoder.parameters()}
+    assert sorted(map(id, rest["params"] + encoder["params"])) == sorted(map(id, model.parameters()))
+    (model.train()(torch.rand(1, 3, 16, 16))[0] * torch.rand(4, 16, 16)).sum().backward()
+    assert all(w.grad is not None for w in model.parameters())                                          # or DDP would wait for it
+
+
+def test_segmenter_starts_from_deits_file(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    with torch.device("meta"):                                                                          # the generator's DeiT, for names and shapes
+        shapes = {k: v.shape for k, v in generator.DeiT(1).state_dict().items() if not k.startswith(("head.", "adaptive"))}
+    deit = {k: torch.full(shape, n / 100) for n, (k, shape) in enumerate(shapes.items())}
+    published = {"model": {**deit, "head.weight": torch.zeros(1000, 384), "head.bias": torch.zeros(1000)}}
+    asked = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **how: asked.append((url, how["check_hash"], how["weights_only"])) or published)
+    model = segmenter.build_segmenter("segmenter_deit_small", 20, "imagenet")
+    assert asked == [("https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", True, True)] and model.window == (480, 320)
+    state = model.encoder.state_dict()
+    assert state.keys() == deit.keys() and state["pos_embed"].shape == (1, 901, 384)
+    assert all(torch.equal(state[k], deit[k]) for k in state if k != "pos_embed") and torch.allclose(state["pos_embed"], deit["pos_embed"].mean())
+
+
+def test_segmenter_starts_from_a_file(tmp_path):
+    torch.manual_seed(0)
+    deit = segmenter.Encoder(64, 3, 4, 8, 4, 0.0).state_dict()                                           # a grid of 4 x 4
+    model = segmenter.build_segmenter("segmenter_toy", 3, save(tmp_path / "deit.pth", model={**deit, "head.weight": torch.zeros(2)}))
+    state = model.encoder.state_dict()
+    assert all(torch.equal(state[k], deit[k]) for k in deit if k != "pos_embed") and torch.equal(state["pos_embed"][:, 0], deit["pos_embed"][:, 0])
+    small, large = deit["pos_embed"][0, 1:].view(4, 4, 64), state["pos_embed"][0, 1:].view(12, 12, 64)   # three times: the centres stay
+    assert torch.allclose(large[1::3, 1::3], small, atol=1e-6) and torch.allclose(large[2, 1], 2 / 3 * small[0, 0] + 1 / 3 * small[1, 0], atol=1e-6)
+    del deit["blocks.1.attn.qkv.weight"]
+    with pytest.raises(ValueError, match=r"other.pth does not fit.*blocks.1.attn.qkv.weight"):
+        segmenter.build_segmenter("segmenter_toy", 3, save(tmp_path / "other.pth", model=deit))
+    with pytest.raises(ValueError, match="segmenter_toy has no ImageNet weights"):
+        segmenter.build_segmenter("segmenter_toy", 3, "imagenet")
+
+
+def test_a_segmenter_comes_back(tmp_path):
+    torch.manual_seed(0)
+    model = segmenter.build_segmenter("segmenter_toy", 3).eval()
+    path = save(tmp_path / "seg.pt", stage="seg", model=model.state_dict(), classes=["a", "b", "c"], args={"model": "segmenter_toy"})
+    images = torch.rand(1, 3, 20, 20)
+    assert torch.equal(segmenter.load_segmenter(path)(images), model(images))
+    assert same(segmenter.build_segmenter("segmenter_toy", 3, path).state_dict(), model.state_dict())
+    with pytest.raises(ValueError, match="does not fit this network.*classes"):
+        segmenter.build_segmenter("segmenter_toy", 4, path)
+
+
+# ---------------------------------------------------------------- Mask2Former
+
+@pytest.fixture(scope="module")
+def library():
+    pytest.importorskip("scipy")
+    return pytest.importorskip("transformers")
+
+
+@pytest.fixture
+def mask2former(library):
+    torch.manual_seed(0)
+    return segmenter.build_segmenter("mask2former_toy", 3)
+
+
+def test_without_transformers_one_line(monkeypatch):
+    for name in ("transformers", "scipy"):
+        monkeypatch.setitem(sys.modules, "scipy", ModuleType("scipy"))                                   # there, or not here either
+        monkeypatch.setitem(sys.modules, name, None)
+        with pytest.raises(ValueError, match=f"Mask2Former needs the library {name}: pip install"):
+            segmenter.build_segmenter("mask2former_toy", 3)
+        monkeypatch.undo()
+
+
+def test_scores_are_classes_times_masks():
+    torch.manual_seed(0)
+    classes, masks = torch.randn(1, 5, 4), torch.randn(1, 5, 2, 3)                                       # background, two classes, null
+    found = segmenter.semantic_logits(classes, masks).softmax(1)
+    for i, j in ((0, 0), (1, 2)):
+        scores = [sum((classes[0, q].exp()[c] / classes[0, q].exp().sum() / (1 + (-masks[0, q, i, j]).exp())).item() for q in range(5)) for c in range(3)]
+        assert found[0, :, i, j].tolist() == pytest.approx([s / sum(scores) for s in scores], abs=1e-6)
+
+
+@pytest.mark.parametrize("size", [(30, 41), (96, 64)])
+def test_mask2former_takes_any_size(mask2former, size):
+    images = torch.rand(2, 3, *size)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            half = mask2former.eval()(images)
+        found = mask2former.eval()(images)
+        assert half.dtype == torch.float32 and 0 < (half - found).abs().max() < 0.1
+        whole = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1).expand(2, 3, 96, 64).clone()
+        whole[..., :size[0], :size[1]] = images
+        h, w = -(-size[0] // 32) * 32, 64
+        out = mask2former.network(pixel_values=normalised(mask2former, whole[..., :h, :w]))
+        masks = F.interpolate(out.masks_queries_logits, (h, w), mode="bilinear", align_corners=False)
+        want = torch.einsum("bqc,bqhw->bchw", out.class_queries_logits.softmax(2)[:, :, :-1], masks.sigmoid())[..., :size[0], :size[1]]
+    assert found.shape == (2, 4, *size) and torch.allclose(found.exp(), want, atol=1e-5)
+
+
+def test_mask2former_trains_all_its_layers(mask2former):
+    images = torch.rand(2, 3, 64, 96)
+    logits, classes, masks = mask2former.train()(images)
+    assert logits.shape == (2, 4, 16, 24) and classes.shape == (3, 2, 10, 5) and masks.shape == (3, 2, 10, 16, 24)
+    out = mask2former.network(pixel_values=normalised(mask2former, images), output_auxiliary_logits=True)
+    assert torch.equal(classes[-1], out.class_queries_logits) and torch.equal(masks[0], out.auxiliary_logits[0]["masks_queries_logits"])
+    (classes.square().sum() + masks.square().sum()).backward()
+    resting = {name for name, w in mask2former.named_parameters() if w.grad is None}
+    assert resting == {name for name, w in mask2former.named_parameters() if not w.requires_grad} and all(".swin.layernorm." in name for name in resting)
+    groups = mask2former.groups(1e-4)
+    assert [(g["lr"], g.get("weight_decay")) for g in groups] == [(1e-4, None), (1e-4, 0), (1e-5, None), (1e-5, 0)]
+    assert sum(w.numel() for g in groups for w in g["params"]) == sum(w.numel() for w in mask2former.parameters() if w.requires_grad)
+    names = {id(w): name for name, w in mask2former.network.named_parameters()}
+    assert all(w.ndim > 1 for g in (groups[0], groups[2]) for w in g["params"])
+    assert "model.transformer_module.queries_features.weight" in {names[id(w)] for w in groups[1]["params"]}
+    assert any(names[id(w)].endswith("relative_position_bias_table") for w in groups[3]["params"])
+
+
+def test_mask2former_comes_back_without_a_network(mask2former, library, tmp_path, monkeypatch):
+    path = save(tmp_path / "seg.pt", stage="seg", model=mask2former.state_dict(), classes=["a", "b", "c"], args={"model": "mask2former_toy"}, config=mask2former.config)
+    assert json.loads(json.dumps(mask2former.config)) == mask2former.config
+    for kind in (library.AutoConfig, library.PreTrainedModel):
+        monkeypatch.setattr(kind, "from_pretrained", None)
+    images = torch.rand(1, 3, 40, 30)
+    with torch.no_grad():
+        assert torch.equal(segmenter.load_segmenter(path)(images), mask2former.eval()(images))
+    assert same(segmenter.build_segmenter("mask2former_toy", 3, path).state_dict(), mask2former.state_dict())
+    content = torch.load(path, weights_only=True)
+    del content["model"]["network.class_predictor.bias"]
+    with pytest.raises(ValueError, match="seg.pt does not fit this network.*class_predictor.bias"):
+        segmenter.load_segmenter(save(path, **content))
+    with pytest.raises(ValueError, match="toy_backbone.pt: not a Mask2Former of ours"):
+        segmenter.build_segmenter("mask2former_toy", 3, TRUNK)
+
+
+def test_mask2former_starts_from_a_swin_or_from_another(library, tmp_path):
+    import safetensors.torch as safetensors
+    torch.manual_seed(1)
+    swin, _ = segmenter.MASK2FORMER["mask2former_toy"]
+    classifier = library.SwinForImageClassification(library.SwinConfig(**swin, num_labels=7))
+    classifier.save_pretrained(tmp_path / "swin")
+    model = segmenter.build_segmenter("mask2former_toy", 3, str(tmp_path / "swin"))
+    prefix = "network.model.pixel_level_module.encoder."
+    read = classifier.swin.state_dict()
+    assert model.network.config.backbone_config.window_size == 6 and model.network.config.num_queries == 10
+    assert all(torch.equal(model.state_dict()[f"{prefix}swin.{name}"], value) for name, value in read.items())
+    assert f"{len(read)} tensors read" in model.origin and "class_predictor (2)" in model.origin and "left out: classifier.bias, classifier.weight" in model.origin
+    assert "model.pixel_level_module.encoder (8)" in model.origin                                        # the norms of the four stages
+
+    other = segmenter.build_segmenter("mask2former_toy", 5)
+    other.network.save_pretrained(tmp_path / "whole")
+    model = segmenter.build_segmenter("mask2former_toy", 3, str(tmp_path / "whole"))
+    fresh = {"network.class_predictor.weight", "network.class_predictor.bias", "network.criterion.empty_weight"}
+    assert {k for k, v in model.state_dict().items() if not torch.equal(v.flatten()[:9], other.state_dict()[k].flatten()[:9])} == fresh
+    assert model.network.class_predictor.weight.shape == (5, 64) and "fresh are class_predictor (2), criterion (1); left out: nothing" in model.origin
+
+    wide = library.SwinForImageClassification(library.SwinConfig(**{**swin, "embed_dim": 32}))
+    wide.save_pretrained(tmp_path / "wide")
+    content = safetensors.load_file(tmp_path / "swin/model.safetensors")
+    content.pop("swin.embeddings.norm.bias")
+    safetensors.save_file(content, tmp_path / "swin/model.safetensors", {"format": "pt"})
+    for init, words in (("wide", "has a Swin of width 32"), ("nothing", "transformers reads no network there"), ("swin", "swin lacks 1 weights.*embeddings.norm.bias")):
+        with pytest.raises(ValueError, match=words):
+            segmenter.build_segmenter("mask2former_toy", 3, str(tmp_path / init))
+    with pytest.raises(ValueError, match="mask2former_toy has no ImageNet weights"):
+        segmenter.build_segmenter("mask2former_toy", 3, "imagenet")

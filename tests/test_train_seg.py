@@ -1,18 +1,20 @@
-"""train_seg.py as a command: its loss against naive loops, what rests, resumed against uninterrupted, two processes against one."""
+"""train_seg.py as a command: its losses against naive loops and Mask2Former's against its library, what rests, resumed against uninterrupted, two processes against one."""
+import importlib.util
 import math
 import re
 import shutil
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, ROOT, call, make_folder, refused, rows, run, same, weights
+from conftest import LABELS, ROOT, call, make_folder, refused, rows, run_together, same, weights
 from PIL import Image
 from torchvision import tv_tensors
 
 import train_seg
-from wsss import common, data, segmenter
+from wsss import common, data, losses, segmenter
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 
@@ -31,6 +33,25 @@ def world(tmp_path_factory):
     done = call("train_seg.py", *flags(root, root / "out"))
     assert done.returncode == 0, done.stderr
     return root
+
+
+NETWORKS = {"segmenter_toy": ["--crop", "32", "--lr", "1e-2", "--clamp-tile", "12", "--clamp-start", "9"], "mask2former_toy": ["--crop", "32", "--optimizer", "sgd", "--lr", "10"]}      # its gradient has length .01; AdamW would make much of rounding
+MISSING = [name for name in ("scipy", "transformers") if importlib.util.find_spec(name) is None]
+BOTH = ["segmenter_toy", pytest.param("mask2former_toy", marks=pytest.mark.skipif(bool(MISSING), reason=f"needs {MISSING}"))]
+
+
+def network_flags(world, out, model, *more):
+    return flags(world, out, "--model", model, "--init", "none", *NETWORKS[model], *more)
+
+
+@pytest.fixture(scope="module")
+def networks(world):
+    """Their names, a finished run of each in a folder of its name."""
+    names = list(NETWORKS)[:1 if MISSING else 2]
+    for model in names:
+        done = call("train_seg.py", *network_flags(world, world / model, model))
+        assert done.returncode == 0, done.stderr
+    return names
 
 
 # ---------------------------------------------------------------- what a step does
@@ -210,12 +231,14 @@ def test_finished_is_skipped_and_another_recipe_refused(world, tmp_path):
     refused(call("train_seg.py", *flags(world, world / "out", "--init", tmp_path / "other.pt")), "made from another init file")
 
 
-def test_two_processes_are_one(world, tmp_path):
-    """Batches of 2: each rank has one picture, with its own number of labelled pixels."""
-    run("train_seg.py", *flags(world, tmp_path), processes=2)
-    assert same(weights(tmp_path / "seg.pt"), weights(world / "out/seg.pt"), 1e-5)
-    for one, two in zip(rows(world / "out/seg.jsonl"), rows(tmp_path / "seg.jsonl"), strict=True):
-        assert all(two[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in one.items() if k != "seconds")
+def test_two_processes_are_one(world, networks, tmp_path):
+    """Batches of 2: each rank has one picture, with its own number of labelled pixels and of masks."""
+    jobs = {"out": flags(world, tmp_path / "out"), **{model: network_flags(world, tmp_path / model, model) for model in networks}}
+    run_together([["train_seg.py", *more] for more in jobs.values()], tmp_path)
+    for name in jobs:
+        assert same(weights(tmp_path / name / "seg.pt"), weights(world / name / "seg.pt"), 1e-5)
+        for one, two in zip(rows(world / name / "seg.jsonl"), rows(tmp_path / name / "seg.jsonl"), strict=True):
+            assert all(two[k] == pytest.approx(v, rel=1e-4, abs=1e-5) for k, v in one.items() if k != "seconds")
 
 
 def test_bf16_is_close(world, tmp_path):
@@ -314,3 +337,194 @@ def test_a_damaged_state_is_one_line(world, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/seg.last.pt").write_bytes(b"torn")
     refused(call("train_seg.py", *flags(world, tmp_path / "out")), "seg.last.pt is damaged", "remove it")
+
+
+# ---------------------------------------------------------------- Segmenter: WeakTr's clamp
+
+def naive_clamp(ce, known, start, tile):
+    """A pixel at a time -> clamped losses, and which pixels were."""
+    B, H, W = ce.shape
+    mean = lambda where: sum(ce[p].item() for p in where) / max(len(where), 1)
+    pixels = [(b, i, j) for b in range(B) for i in range(H) for j in range(W)]
+    whole, out, clamped = mean([p for p in pixels if known[p]]), ce.clone(), torch.zeros_like(known)
+    for b, i, j in pixels:
+        limit = max(whole, mean([p for p in pixels if known[p] and p[1] // tile == i // tile and p[2] // tile == j // tile]))
+        if whole < start and ce[b, i, j] > limit:
+            out[b, i, j], clamped[b, i, j] = limit, True
+    return out, clamped
+
+
+@pytest.mark.parametrize("start", [0.4, 1.2])
+def test_large_losses_are_clamped_to_their_tile(start):
+    torch.manual_seed(0)
+    ce = torch.rand(2, 7, 5, dtype=torch.double).pow(3).requires_grad_()                     # tiles of 3: the last ones are cut
+    ce.data[:, :3, :3] += 1
+    known = torch.rand(2, 7, 5) > 0.3
+    known[:, 3:6, 3:] = False                                                                # a tile without a label
+    want, clamped = naive_clamp(ce, known, start, 3)
+    found = losses.clamp_losses(ce, known, start, 3)
+    assert torch.allclose(found, want) and torch.equal(torch.autograd.grad(found.sum(), ce)[0], (~clamped).double())
+    assert clamped.any() == (start == 1.2) and 0.4 < ce[known].mean() < 1.2
+    halves = [torch.stack([torch.stack([torch.where(known, ce.detach(), 0), known])[:, b, 3 * i:3 * i + 3, 3 * j:3 * j + 3].sum((1, 2)) for i in range(3) for j in range(2)])
+              .T.view(2, 3, 2) for b in range(2)]
+    for b in range(2):                                                                       # a process a picture
+        share = losses.clamp_losses(ce[b:b + 1], known[b:b + 1], start, 3, total=lambda sums: sums + halves[1 - b])
+        assert torch.allclose(share, want[b:b + 1])
+
+
+def test_flags_of_other_networks_are_refused(world, tmp_path):
+    for flag, words in ((["--clamp-start", "1"], "Segmenter's loss"), (["--model", "mask2former_toy"], "multiple of 32")):
+        done = call("train_seg.py", *flags(world, tmp_path, *flag))
+        assert done.returncode == 2 and words in done.stderr
+
+
+# ---------------------------------------------------------------- Mask2Former: its loss
+
+def test_losses_of_a_mask():
+    torch.manual_seed(0)
+    x, t, known = torch.randn(3, 6), torch.rand(3, 6), torch.rand(3, 6) > 0.4
+    known[2] = False
+    ce, dice = losses.mask_cross_entropy(x, t, known), losses.mask_dice(x, t, known)
+    for m in range(3):
+        s = [1 / (1 + math.exp(-v)) for v in x[m].tolist()]
+        points = [(a, b) for a, b, k in zip(s, t[m].tolist(), known[m].tolist()) if k]
+        assert ce[m].item() == pytest.approx(sum(-b * math.log(a) - (1 - b) * math.log(1 - a) for a, b in points) / max(len(points), 1), abs=1e-5)
+        both, each = sum(a * b for a, b in points), sum(a + b for a, b in points)
+        assert dice[m].item() == pytest.approx(1 - (2 * both + 1) / (each + 1), abs=1e-5)
+    assert losses.mask_cross_entropy(torch.tensor([100.0, -100.0]), torch.tensor([0.0, 1.0]), torch.ones(2)).item() == 100        # no overflow
+
+
+@pytest.fixture(scope="module")
+def mask2former():
+    if MISSING:
+        pytest.skip(f"needs {MISSING}")
+    torch.manual_seed(0)
+    return segmenter.build_segmenter("mask2former_toy", 3).train()
+
+
+ONE = SimpleNamespace(world=1, sum=lambda x: x)
+
+
+def label_maps():
+    maps = torch.zeros(2, 96, 96, dtype=torch.long)
+    maps[0, 20:60, 30:60], maps[0, 70:, :50], maps[1, 10:80, 40:90] = 1, 3, 2
+    return maps
+
+
+def test_set_loss_is_the_librarys(mask2former, monkeypatch):
+    """At the same points, which both draw by torch.rand."""
+    config = mask2former.network.config
+    K, tried = config.train_num_points, int(config.oversample_ratio * config.train_num_points)
+    rest = K - int(config.importance_sample_ratio * K)
+    torch.manual_seed(1)
+    points = {n: torch.rand(n, 2) for n in (K, tried, rest)}
+    points[tried + rest] = torch.cat([points[tried], points[rest]])
+    images, maps = torch.rand(2, 3, 96, 96), label_maps()
+    _, classes, masks = mask2former(images)
+    labels = [m.unique() for m in maps]
+    monkeypatch.setattr(torch, "rand", lambda *size, **how: points[size[-2]].expand(*size).clone())
+    parts = train_seg.set_loss(classes, masks, maps, torch.tensor([0, 1]), (0, 1), config, ONE)
+    want = mask2former.network(pixel_values=(images - mask2former.mean) / mask2former.std, class_labels=labels,
+                               mask_labels=[(m == found[:, None, None]).float() for m, found in zip(maps, labels)]).loss
+    monkeypatch.undo()
+    found = config.class_weight * parts["classes"] + config.mask_weight * parts["masks"] + config.dice_weight * parts["dice"]
+    assert found.item() == pytest.approx(want.item(), rel=1e-5)
+    weights = [mask2former.network.class_predictor.weight, mask2former.network.model.transformer_module.queries_features.weight]
+    for a, b in zip(torch.autograd.grad(found, weights), torch.autograd.grad(want, weights)):
+        assert torch.allclose(a, b, atol=1e-4 * b.abs().max().item())
+
+
+def test_what_lies_under_255_changes_nothing(mask2former):
+    """The upper half has no label. A point of the lower half reads logits from row 11 on: 4 pixels a logit."""
+    torch.manual_seed(2)
+    classes, masks = torch.randn(3, 2, 10, 5), 3 * torch.randn(3, 2, 10, 24, 24)
+    maps = label_maps()
+    maps[:, :48] = 255
+
+    def loss(masks):
+        masks = masks.clone().requires_grad_()
+        parts = train_seg.set_loss(classes, masks, maps, torch.tensor([0, 1]), (0, 1), mask2former.network.config, ONE)
+        return torch.stack(list(parts.values())), torch.autograd.grad(sum(parts.values()), masks)[0]
+
+    other, seen = masks.clone(), masks.clone()
+    other[..., :11, :], seen[..., 12, :] = torch.randn(3, 2, 10, 11, 24), 0
+    (values, gradient), (again, same_gradient) = loss(masks), loss(other)
+    assert torch.equal(values, again) and torch.equal(gradient, same_gradient) and not gradient[..., :11, :].any()
+    assert gradient[..., 12:, :].any() and not torch.equal(values, loss(seen)[0])
+
+
+def test_a_picture_without_a_label_has_no_loss(mask2former):
+    torch.manual_seed(2)
+    classes, masks, maps = torch.randn(3, 2, 10, 5).requires_grad_(), torch.randn(3, 2, 10, 24, 24).requires_grad_(), label_maps()
+    maps[1] = 255
+    loss = lambda n: train_seg.set_loss(classes[:, :n], masks[:, :n], maps[:n], torch.arange(n), (0, 1), mask2former.network.config, ONE)
+    both, one = loss(2), loss(1)
+    assert all(both[k].item() == pytest.approx(one[k].item(), rel=1e-6) for k in one)
+    for x in torch.autograd.grad(sum(both.values()), [classes, masks]):                      # zero, not absent: a process may have only such pictures
+        assert x[:, 0].any() and not x[:, 1].any()
+
+
+# ---------------------------------------------------------------- both, as commands
+
+@pytest.mark.parametrize("model", BOTH)
+def test_networks_resume_bit_for_bit(world, networks, tmp_path, monkeypatch, model):
+    save_state = common.save_state
+
+    def killed(*args):
+        save_state(*args)
+        if args[6] == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "save_state", killed)
+    assert call("train_seg.py", *network_flags(world, tmp_path, model, "--save-every", "3")).returncode == 130
+    monkeypatch.undo()
+    assert call("train_seg.py", *network_flags(world, tmp_path, model)).returncode == 0
+    assert same(weights(tmp_path / "seg.pt"), weights(world / model / "seg.pt"))
+
+
+@pytest.mark.parametrize("model", BOTH)
+def test_networks_learn_two_pictures(world, tmp_path, model):
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.copytree(world / "masks", tmp_path / "masks")
+    for id in LABELS:
+        mask = data.load_mask(tmp_path / "masks" / f"{id}.png")
+        Image.fromarray(data.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
+    done = call("train_seg.py", *network_flags(tmp_path, tmp_path / "out", model, "--iterations", "20", "--limit", "2", "--optimizer", "adamw", "--lr", "3e-3",
+                                               "--min-scale", "1", "--max-scale", "1", *(["--clamp-start", "0"] if model == "segmenter_toy" else [])))
+    assert done.returncode == 0, done.stderr
+    log = rows(tmp_path / "out/seg.jsonl")
+    mean = lambda rows: np.mean([row["loss"] for row in rows])
+    assert mean(log[-3:]) < 0.7 * mean(log[:3]), (mean(log[-3:]), mean(log[:3]))
+
+
+@pytest.mark.parametrize("model", BOTH)
+def test_networks_are_evaluated(world, networks, tmp_path, model):
+    assert torch.load(world / model / "seg.pt", weights_only=True)["args"]["model"] == model
+    make_folder(tmp_path / "data")
+    done = call("eval.py", "--data", tmp_path / "data", "--out", world / model, "--split", "val", "--what", "seg", "--workers", "0", "--device", "cpu", "--amp", "off",
+                "--scales", "1", "3", "--flip", "--crf", "--save")                           # 120 pixels wide at scale 3: windows
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (world / model / "pred/val").glob("*.png")) == ["a_1.png", "a_2.png"]
+    assert data.load_mask(world / model / "pred/val/a_2.png", 3).shape == (34, 40)
+
+
+@pytest.mark.parametrize("model", BOTH)
+def test_networks_in_half_precision_are_close(world, networks, tmp_path, model):
+    done = call("train_seg.py", *network_flags(world, tmp_path, model, "--amp", "bf16", "--iterations", "2"))
+    assert done.returncode == 0, done.stderr
+    first, plain = rows(tmp_path / "seg.jsonl")[0], rows(world / model / "seg.jsonl")[0]
+    assert first["loss"] == pytest.approx(plain["loss"], rel=0.03) and first["loss"] != plain["loss"]
+
+
+def test_what_was_read_is_said(mask2former, world, tmp_path):
+    mask2former.network.save_pretrained(tmp_path / "whole")
+    more = network_flags(world, tmp_path / "out", "mask2former_toy", "--iterations", "1")
+    more[more.index("none")] = tmp_path / "whole"
+    done = call("train_seg.py", *more)
+    assert done.returncode == 0 and f"whole: {len(mask2former.state_dict()) - 3} tensors read; fresh are class_predictor (2), criterion (1)" in done.stdout, done.stdout + done.stderr
+
+
+def test_a_missing_library_is_one_line(world, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy", SimpleNamespace())                             # there, or not here either
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    refused(call("train_seg.py", *flags(world, tmp_path, "--model", "mask2former_toy", "--crop", "32", "--init", "none")), "pip install transformers")

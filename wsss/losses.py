@@ -1,4 +1,4 @@
-"""Every equation of the papers as a pure function of tensors: torch only, no flags, no device, no state.
+"""Every equation of the papers as a pure function of tensors: torch only (and scipy to match masks), no flags, no device, no state.
 
 Letters are the papers': v_f, v_b are CLIP's features of the foreground and background image, u_f of the class text, u_b of the learned
 prompt. A loss is returned per pair (image, present class), shape (P,): the caller takes the mean, over all processes if there are several.
@@ -179,3 +179,81 @@ def region_contrast(regions, w, labels, tau):
     row = F.cross_entropy(s[b].masked_fill(row_out, -torch.inf), k, reduction="sum")
     column = F.cross_entropy(s.T[k].masked_fill(column_out, -torch.inf), b, reduction="sum")
     return (row + column) / (2 * max(len(b), 1))
+
+
+# ------------------------------------------------------------------- segmentation networks: WeakTr's loss, Mask2Former's
+
+def clamp_losses(ce, known, start=1.2, tile=120, total=lambda sums: sums):
+    """WeakTr, gradient clipping: once the mean of all losses is below `start`, a pixel whose loss exceeds max(mean of its tile over the batch,
+    mean of all) takes that value, and has no gradient: it is likely labelled wrong.   (B, H, W), (B, H, W) bool -> (B, H, W)
+
+    `known`: the pixels with a label; `total` adds up the sums of several processes."""
+    # Differs from the paper: WeakTr's code counts a pixel without a label in the means, with a loss of 0; here it is in none.
+    ce, = at_least_float32(ce)
+    H, W = ce.shape[1:]
+    sums = torch.stack([torch.where(known, ce.detach(), 0).sum(0), known.sum(0)])     # (2, H, W): losses, pixels
+    sums = F.pad(sums, (0, -W % tile, 0, -H % tile)).unflatten(2, (-1, tile)).unflatten(1, (-1, tile))
+    loss, count = total(sums.sum((2, 4)))                                             # (h, w) tiles each
+    mean = loss.sum() / count.sum().clamp(min=1)
+    limit = torch.maximum(loss / count.clamp(min=1), mean)
+    limit = limit.repeat_interleave(tile, 0).repeat_interleave(tile, 1)[:H, :W]
+    return torch.where((ce > limit) & (mean < start), limit, ce)
+
+
+def mask_cross_entropy(x, t, known):
+    """Mask2Former, L_ce of a mask: the mean binary cross-entropy of logits x and truth t over the known points.   (..., K) x3 -> (...)"""
+    x, t = at_least_float32(x, t)
+    return ((F.softplus(x) - x * t) * known).sum(-1) / known.sum(-1).clamp(min=1)
+
+
+def mask_dice(x, t, known):
+    """Mask2Former, L_dice of a mask: 1 - (2 sum s t + 1) / (sum s + sum t + 1), s = sigmoid(x), over the known points.   (..., K) x3 -> (...)"""
+    x, t = at_least_float32(x, t)
+    s, t = x.sigmoid() * known, t * known
+    return 1 - (2 * (s * t).sum(-1) + 1) / (s.sum(-1) + t.sum(-1) + 1)
+
+
+def read_at(maps, points):
+    """Bilinear values of maps (..., h, w) at points (K, 2), x and y in [0, 1] from edge to edge.   -> (..., K)"""
+    return F.grid_sample(maps.flatten(0, -3)[None], 2 * points[None, None] - 1, align_corners=False)[0, :, 0].unflatten(0, maps.shape[:-2])
+
+
+@torch.no_grad()
+def match(classes, x, labels, t, known, config):
+    """Mask2Former, matching: in each layer the query for each mask, such that the whole costs least.
+    (L, Q, 2 + C), (L, Q, K), (M,), (M, K), (K,) -> queries and their masks (L, min(Q, M)) each"""
+    from scipy.optimize import linear_sum_assignment
+    costs = [config.mask_weight * mask_cross_entropy(z, t, known) + config.dice_weight * mask_dice(z, t, known) - config.class_weight * p[:, labels]
+             for z, p in zip(x.unsqueeze(2), classes.softmax(-1))]                    # (Q, M), from z (Q, 1, K)
+    costs = torch.stack(costs).nan_to_num(1e6, 1e6, -1e6).cpu()                       # (L, Q, M); the step waits here for the device
+    pairs = [[torch.from_numpy(side) for side in linear_sum_assignment(cost)] for cost in costs]
+    return (torch.stack(side).to(labels.device) for side in zip(*pairs))
+
+
+def set_losses(classes, masks, label_map, config, generator, ignore=255):
+    """Mask2Former's losses of one picture, of L decoder layers, before any mean: class logits (L, Q, 2 + C), null last, mask logits (L, Q, h, w),
+    label map (H, W) -> cross-entropy and weight of every query (L, Q) x2; cross-entropy and dice of every matched mask (L, M) x2
+
+    Every class of the label map is a mask. All is read at random points, of the last three quarters where the mask is least sure of itself.
+    A point counts, in matching and in the loss, where none of the pixels it is read from is `ignore`. `config`: transformers' Mask2FormerConfig."""
+    K, null = config.train_num_points, classes.shape[-1] - 1
+    uncertain, tried = int(config.importance_sample_ratio * K), int(config.oversample_ratio * K)
+    points = torch.rand(K, 2, generator=generator).to(masks.device)
+    labels = label_map.unique()
+    labels = labels[labels != ignore]                                                 # (M,)
+    truth = torch.cat([label_map == labels[:, None, None], (label_map == ignore)[None]]).float()
+    t, hidden = read_at(truth, points).split([len(labels), 1])
+    query, mask = match(classes, read_at(masks, points), labels, t, hidden[0] == 0, config)           # (L, M) each
+
+    points = torch.rand(tried + K - uncertain, 2, generator=generator).to(masks.device)
+    layer = torch.arange(len(classes), device=labels.device)[:, None]
+    t, hidden = read_at(truth, points).split([len(labels), 1])
+    x, t, known = read_at(masks[layer, query], points), t[mask], (hidden == 0).expand(*mask.shape, -1)                # (L, M, points) each
+    doubtful = torch.where(known, -x.detach().abs(), -torch.inf)[..., :tried].topk(uncertain).indices
+    kept = torch.cat([doubtful, torch.arange(tried, len(points), device=labels.device).expand(*mask.shape, -1)], -1)
+    x, t, known = (values.gather(-1, kept) for values in (x, t, known))               # (L, M, K) each
+
+    target = torch.full(classes.shape[:-1], null, device=labels.device).index_put((layer, query), labels[mask])       # (L, Q)
+    weight = torch.where(target == null, config.no_object_weight, 1.0) * (len(labels) > 0)            # a picture without a label has no loss
+    ce = F.cross_entropy(classes.transpose(1, 2), target, reduction="none")
+    return ce, weight, mask_cross_entropy(x, t, known), mask_dice(x, t, known)

@@ -5,12 +5,13 @@
     logits = model.eval()(images)                                  # RGB in [0, 1] (B, 3, H, W) -> (B, 1 + C, H, W), background first
 
 A model owns its mean and std, its parameter groups, and `window`: side and stride of the windows it wants at test time, None for
-the whole picture.
+the whole picture. `mark` is a weight that only a whole network has, and no file of its backbone.
 """
 import hashlib
+import json
 import os
 import re
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models import ResNet101_Weights, resnet101
 
-NAMES = ("deeplabv2_resnet101", "deeplab_toy", "clip_decoder")
+DEIT_IMAGENET = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
+NAMES = ("deeplabv2_resnet101", "segmenter_deit_small", "mask2former_swin_large", "clip_decoder", "deeplab_toy", "segmenter_toy", "mask2former_toy")
 
 
 # ------------------------------------------------------------------------------------------------------- DeepLab-v2
@@ -29,7 +31,7 @@ class DeepLabV2(nn.Module):
     Every convolution is centred, so logit (i, j) sits on pixel (stride i, stride j): picture and grid meet corner to corner if the
     side is a multiple of the stride plus 1, as the 321 of the training crop is at all three scales. Hence align_corners everywhere."""
 
-    window = None
+    mark, window = "aspp.0.weight", None
     scales = (0.75, 0.5)                                          # of the multi-scale loss, besides 1
 
     def __init__(self, backbone, channels, num_classes, stride, dilations):
@@ -116,6 +118,264 @@ def toy_trunk(width=64, blocks=3):
                          *(Residual(width) for _ in range(blocks)))
 
 
+# ---------------------------------------------------------------------------------------- Segmenter (WeakTr's network)
+
+class Attention(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)                # (B, heads, N, width / heads) each
+        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """DeiT's transformer block under its names. `drop_path`: how often a picture goes without a branch in training; `dropout`: of a branch's numbers."""
+
+    def __init__(self, width, heads, drop_path=0.0, dropout=0.0):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=1e-6), nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, 4 * width), act=nn.GELU(), fc2=nn.Linear(4 * width, width)))
+        self.drop_path, self.dropout = drop_path, dropout
+
+    def forward(self, x):
+        x = x + self.drop(self.attn(self.norm1(x)))
+        return x + self.drop(self.mlp(self.norm2(x)))
+
+    def drop(self, branch):
+        if self.training and self.drop_path:
+            keep = 1 - self.drop_path
+            branch = branch * branch.new_empty(len(branch), 1, 1).bernoulli_(keep) / keep
+        return F.dropout(branch, self.dropout, self.training) if self.dropout else branch
+
+
+class Encoder(nn.Module):
+    """DeiT under its names, so that its published weights load; its class token is there and is dropped at the end."""
+
+    def __init__(self, width, depth, heads, patch, grid, drop_path):
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch, patch)})
+        self.cls_token = nn.Parameter(0.02 * torch.randn(1, 1, width))
+        self.pos_embed = nn.Parameter(0.02 * torch.randn(1, 1 + grid ** 2, width))
+        self.blocks = nn.ModuleList(Block(width, heads, drop_path * i / max(depth - 1, 1)) for i in range(depth))
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, x):
+        """Normalised pictures (B, 3, H, W), whole patches -> patch tokens (B, h w, width), (h, w)"""
+        x = self.patch_embed["proj"](x)                           # (B, width, h, w)
+        size = tuple(x.shape[2:])
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x.flatten(2).transpose(1, 2)], 1) + resize_positions(self.pos_embed, size)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)[:, 1:], size
+
+
+def resize_positions(embedding, size):
+    """A position embedding (1, 1 + g g, width), the class token's first -> (1, 1 + h w, width)"""
+    grid = round((embedding.shape[1] - 1) ** 0.5)
+    if size == (grid, grid):
+        return embedding
+    patches = embedding[:, 1:].transpose(1, 2).unflatten(2, (grid, grid))
+    patches = F.interpolate(patches, size, mode="bilinear", align_corners=False)
+    return torch.cat([embedding[:, :1], patches.flatten(2).transpose(1, 2)], 1)
+
+
+class Segmenter(nn.Module):
+    """Segmenter (Strudel et al. 2021): a DeiT, then a mask transformer, where a token for each class travels with the patches.
+
+    logit = cosine of a patch and a class after the last layer, normalised over the classes, enlarged to the picture."""
+
+    mark = "classes"
+
+    def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=30, window=(480, 320), drop_path=0.1, dropout=0.1, layers=2):
+        # From the authors' code, not in the paper: (WeakTr's) DropPath 0.1 in the encoder, dropout 0.1 in the decoder.
+        super().__init__()
+        self.patch, self.grid, self.window = patch, grid, window
+        self.encoder = Encoder(width, depth, heads, patch, grid, drop_path)
+        self.enter = nn.Linear(width, width)
+        self.classes = nn.Parameter(0.02 * torch.randn(1, 1 + num_classes, width))
+        self.layers = nn.ModuleList(Block(width, heads, dropout=dropout) for _ in range(layers))
+        self.norm = nn.LayerNorm(width)
+        self.patch_space, self.class_space = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.balance = nn.LayerNorm(1 + num_classes)              # over the classes of a pixel
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+        for layer in self.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=width ** -0.5 if layer in (self.patch_space, self.class_space) else 0.02)
+                if layer.bias is not None:
+                    nn.init.zeros_(layer.bias)
+
+    def forward(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> logits (B, 1 + C, H, W); in training a tuple of one"""
+        H, W = images.shape[-2:]
+        x = F.pad((images - self.mean) / self.std, (0, -W % self.patch, 0, -H % self.patch))          # by mean colour, to whole patches
+        tokens, size = self.encoder(x)
+        y = torch.cat([self.enter(tokens), self.classes.expand(len(x), -1, -1)], 1)                   # (B, h w + 1 + C, width)
+        for layer in self.layers:
+            y = layer(y)
+        with torch.autocast(images.device.type, enabled=False):                       # small differences of cosines: float32
+            patches, classes = self.norm(y.float()).split([tokens.shape[1], self.classes.shape[1]], 1)
+            cosines = F.normalize(self.patch_space(patches), dim=-1) @ F.normalize(self.class_space(classes), dim=-1).transpose(1, 2)
+            logits = self.balance(cosines).transpose(1, 2).unflatten(2, size)         # (B, 1 + C, h, w)
+            logits = F.interpolate(logits, x.shape[-2:], mode="bilinear", align_corners=False)[..., :H, :W]
+        return (logits,) if self.training else logits
+
+    def groups(self, lr):
+        """For the optimizer: the encoder learns a tenth as fast as the rest."""
+        encoder = list(self.encoder.parameters())
+        rest = [w for name, w in self.named_parameters() if not name.startswith("encoder.")]
+        return [{"params": rest, "lr": lr}, {"params": encoder, "lr": 0.1 * lr}]
+
+    def load_backbone(self, state):
+        """A DeiT's ImageNet weights: the position embedding is resized to the crop's grid, the classifier is left out."""
+        state = {name: value for name, value in state.items() if not name.startswith("head.")}
+        if "pos_embed" in state:
+            state["pos_embed"] = resize_positions(state["pos_embed"], (self.grid, self.grid))
+        self.encoder.load_state_dict(state)
+
+
+# ------------------------------------------------------------------------------------- Mask2Former, of transformers
+
+SWIN_LARGE = "microsoft/swin-large-patch4-window12-384-in22k"     # what --init imagenet means
+STAGES = [f"stage{n}" for n in (1, 2, 3, 4)]
+MASK2FORMER = {  # the Swin, and what is not Mask2Former's default
+    "mask2former_swin_large": (dict(image_size=384, embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12, drop_path_rate=0.3), {}),
+    "mask2former_toy": (dict(image_size=96, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=6, drop_path_rate=0.0),
+                        dict(hidden_dim=64, feature_size=64, mask_feature_size=64, num_attention_heads=4, encoder_layers=1, encoder_feedforward_dim=128,
+                             decoder_layers=3, dim_feedforward=128, num_queries=10, train_num_points=512)),
+}
+
+
+class Mask2Former(nn.Module):
+    """Mask2Former (Cheng et al. 2022): every query says a class, or null, and a mask. The background is a class like the others.
+
+    `config`, plain values, rebuilds it; `origin` says what was read at the start and what is fresh."""
+
+    mark, window, origin = "network.class_predictor.weight", None, None
+    stride = 32                                                   # of the Swin's last stage
+
+    def __init__(self, config):
+        super().__init__()
+        library = transformers()
+        self.network = library.Mask2FormerForUniversalSegmentation(library.Mask2FormerConfig.from_dict(config))
+        self.config = config
+        for name, weight in self.network.named_parameters():
+            weight.requires_grad_(".swin.layernorm." not in name)                     # the classifier's: on no path to a mask
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+    def forward(self, images):
+        """RGB in [0, 1] (B, 3, H, W) -> logits (B, 1 + C, H, W). In training, of L decoder layers: logits of the last (B, 1 + C, h, w),
+        class logits (L, B, Q, 2 + C), null last, mask logits (L, B, Q, h, w)."""
+        H, W = images.shape[-2:]
+        x = F.pad((images - self.mean) / self.std, (0, -W % self.stride, 0, -H % self.stride))        # by mean colour
+        out = self.network(pixel_values=x, output_auxiliary_logits=True)
+        classes, masks = out.class_queries_logits.float(), out.masks_queries_logits.float()
+        if not self.training:
+            return semantic_logits(classes, F.interpolate(masks, x.shape[-2:], mode="bilinear", align_corners=False)[..., :H, :W])
+        classes, masks = (torch.stack([*(layer[name].float() for layer in out.auxiliary_logits), last])
+                          for name, last in (("class_queries_logits", classes), ("masks_queries_logits", masks)))
+        return semantic_logits(classes[-1].detach(), masks[-1].detach()), classes, masks
+
+    def groups(self, lr):
+        """For the optimizer: the Swin learns a tenth as fast as the rest; norms, biases and embeddings do not decay."""
+        # From the authors' code, not in the paper: (Mask2Former's) both.
+        tables = {f"{name}.weight" for name, module in self.network.named_modules() if isinstance(module, nn.Embedding)}
+        groups = {(swin, decays): {"params": [], "lr": (0.1 if swin else 1) * lr, **({} if decays else {"weight_decay": 0})}
+                  for swin in (False, True) for decays in (True, False)}
+        for name, weight in self.network.named_parameters():
+            if weight.requires_grad:
+                decays = weight.ndim > 1 and name not in tables and not name.endswith("relative_position_bias_table")
+                groups[name.startswith("model.pixel_level_module.encoder."), decays]["params"].append(weight)
+        return list(groups.values())
+
+
+def semantic_logits(classes, masks):
+    """(B, Q, 2 + C), (B, Q, H, W) -> (B, 1 + C, H, W): the log of sum_q softmax(class without null) sigmoid(mask).
+
+    The softmax over classes of this log is that sum divided by its total: each pixel's scores as probabilities."""
+    with torch.autocast(classes.device.type, enabled=False):
+        return torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks.sigmoid()).clamp(min=1e-6).log()
+
+
+def transformers():
+    try:
+        import scipy  # noqa: F401: its Hungarian matching
+        import transformers
+    except ImportError as error:
+        raise ValueError(f"Mask2Former needs the library {error.name}: pip install transformers scipy") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def build_mask2former(name, num_classes, init=None):
+    """`init`: None, "imagenet", a whole network of ours, or a model's name or folder that transformers reads: a Swin, or a whole Mask2Former."""
+    library, (swin, rest) = transformers(), MASK2FORMER[name]
+    if init is None:
+        config = library.Mask2FormerConfig(backbone_config=library.SwinConfig(**swin, out_features=STAGES), num_labels=1 + num_classes, **rest)
+        return Mask2Former(plain(config))
+    if not Path(init).is_file():
+        return start_mask2former(library, name, num_classes, init)
+    content = read(init)
+    if "config" not in content:
+        raise ValueError(f"{init}: not a Mask2Former of ours (train_seg.py writes seg.pt); of others give the name or the folder")
+    model = Mask2Former(content["config"])
+    load_strictly(init, model.load_state_dict, state_of(content, init))
+    return model
+
+
+def start_mask2former(library, name, num_classes, init):
+    """A Mask2Former with the weights of a Swin, or of a whole one but for its classes. What is not there and should be is refused; `origin` says the rest."""
+    if init == "imagenet" and name != "mask2former_swin_large":
+        raise ValueError(f"segmenter {name} has no ImageNet weights: give a folder that transformers reads, or none")
+    init, (swin, rest) = SWIN_LARGE if init == "imagenet" else init, MASK2FORMER[name]
+    config = pretrained(library.AutoConfig, init)
+    if config.model_type not in ("swin", "mask2former"):
+        raise ValueError(f"{init} is a {config.model_type}: {name} starts from a Swin or from a whole Mask2Former")
+    whole = config.model_type == "mask2former"
+    found = config.backbone_config if whole else config
+    if (found.embed_dim, list(found.depths)) != (swin["embed_dim"], swin["depths"]):
+        raise ValueError(f"{init} has a Swin of width {found.embed_dim} and depths {list(found.depths)}, {name} one of {swin['embed_dim']} and {swin['depths']}")
+    if whole:
+        source, notes = pretrained(library.Mask2FormerForUniversalSegmentation, init, output_loading_info=True)
+        prefix, own = "", ("class_predictor.", "criterion.")      # our classes are others
+        config.num_labels = 1 + num_classes
+    else:
+        source, notes = pretrained(library.SwinBackbone, init, out_features=STAGES, output_loading_info=True)
+        prefix, own = "model.pixel_level_module.encoder.", ("hidden_states_norms.",)                  # a classifier's Swin has none
+        source.config.drop_path_rate = swin["drop_path_rate"]
+        config = library.Mask2FormerConfig(backbone_config=source.config, num_labels=1 + num_classes, **rest)
+    missing = [key for key in notes["missing_keys"] if not key.startswith(own)]
+    if missing:
+        raise ValueError(f"{init} lacks {len(missing)} weights of a {config.model_type}, {min(missing)} among them")
+    model = Mask2Former(plain(config))
+    state = {prefix + key: value for key, value in source.state_dict().items() if not key.startswith(own)}
+    fresh = {key: value for key, value in model.network.state_dict().items() if key not in state}
+    load_strictly(init, model.network.load_state_dict, {**fresh, **state})
+    parts = Counter(".".join(key.split(".")[:-1][:3]) for key in fresh)
+    model.origin = (f"{init}: {len(state)} tensors read; fresh are {', '.join(f'{part} ({n})' for part, n in parts.items())}; "
+                    f"left out: {', '.join(sorted(notes['unexpected_keys'])) or 'nothing'}")
+    return model
+
+
+def pretrained(kind, where, **more):
+    try:
+        return kind.from_pretrained(where, **more)
+    except (OSError, ValueError) as error:                        # no such model, no connection, a folder of something else
+        raise ValueError(f"{where}: transformers reads no network there ({' '.join(str(error).split())[:120]}): "
+                         "give a model's name, with a connection, or the folder of a downloaded one") from None
+
+
+def plain(config):
+    """A configuration of transformers as JSON has it: no tuple, no class."""
+    return json.loads(json.dumps(config.to_dict(), default=str))
+
+
 # ------------------------------------------------------------------------------------------------ VPL, phase 2
 
 class Layer(nn.Module):
@@ -141,7 +401,7 @@ class ClipDecoder(nn.Module):
 
     # Differs from the paper: it says "decoder" and no more; this one is of WeCLIP's kind, the frozen CLIP's decoder it compares itself with.
 
-    window = None
+    mark, window = "prototypes", None
 
     def __init__(self, encode, channels, blocks, prototypes, num_classes, tau, width=256, heads=8, layers=3):
         super().__init__()
@@ -215,32 +475,41 @@ def starts(length, side, stride):
 
 def build_segmenter(name, num_classes, init=None):
     """A network for `num_classes` classes besides the background. `init`: None, "imagenet" (downloaded once), or a file: weights of the
-    backbone alone (torchvision's ResNet-101, the toy's backbone.pt), or a whole network of ours."""
+    backbone alone (torchvision's ResNet-101, a DeiT-S, the toy's backbone.pt), or a whole network of ours; for Mask2Former see there."""
     if name == "deeplabv2_resnet101":
         model = DeepLabV2(dilated_resnet101(), 2048, num_classes, stride=8, dilations=(6, 12, 18, 24))
     elif name == "deeplab_toy":
         model = DeepLabV2(toy_trunk(), 64, num_classes, stride=4, dilations=(1, 2, 4, 6))
+    elif name == "segmenter_deit_small":
+        model = Segmenter(num_classes)
+    elif name == "segmenter_toy":
+        model = Segmenter(num_classes, width=64, depth=3, heads=4, patch=8, grid=12, window=(96, 64), drop_path=0.0, dropout=0.0)
+    elif name in MASK2FORMER:
+        return build_mask2former(name, num_classes, init)
     else:
         raise ValueError(f"segmenter {name}: not one of {', '.join(NAMES)}")
     if init is not None:
         content = download_imagenet(name) if init == "imagenet" else read(init)
         state = state_of(content, init)
-        load_strictly(init, model.load_state_dict if "aspp.0.weight" in state else model.load_backbone, state)
+        load_strictly(init, model.load_state_dict if model.mark in state else model.load_backbone, state)
         if init != "imagenet" and "stage" not in content and os.environ.get("RANK", "0") == "0":
-            left = ", ".join(key for key in state if key.startswith("fc."))
+            left = ", ".join(key for key in state if key.startswith(("fc.", "head.")))
             print(f"{init}: {name}'s backbone, {len(state)} tensors{f'; left out: its classifier {left}' if left else ''}")
     return model
 
 
 def download_imagenet(name):
-    if name != "deeplabv2_resnet101":
-        raise ValueError(f"segmenter {name} has no ImageNet weights: give the file of its backbone, or none")
     weights = ResNet101_Weights.IMAGENET1K_V1
+    if name not in ("deeplabv2_resnet101", "segmenter_deit_small"):
+        raise ValueError(f"segmenter {name} has no ImageNet weights: give the file of its backbone, or none")
+    url = weights.url if name == "deeplabv2_resnet101" else DEIT_IMAGENET
     try:
+        if url == DEIT_IMAGENET:
+            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)["model"]
         return weights.get_state_dict(check_hash=True)
     except Exception as error:                                    # no connection, another hash, a torn file: each raises its own
-        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
-        raise ValueError(f"no ImageNet weights ({error}): put {weights.url} at {place}, or give --init FILE or --init none") from None
+        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        raise ValueError(f"no ImageNet weights ({error}): put {url} at {place}, or give --init FILE or --init none") from None
 
 
 def build_decoder(encode, channels, blocks, content, width=256):
@@ -252,13 +521,13 @@ def load_segmenter(path, encode=None):
     """seg.pt -> the network in eval mode, whatever its kind and its number of classes. A clip_decoder needs `encode`, its frozen CLIP."""
     content = read(path)
     state, args = state_of(content, path), content.get("args")
-    if content.get("stage") != "seg" or not {"aspp.0.bias", "prototypes"} & state.keys():
+    if content.get("stage") != "seg" or args["model"] not in NAMES:
         raise ValueError(f"{path}: not a segmentation network of ours (train_seg.py writes seg.pt)")
     if "prototypes" in state:
         first, blocks = state["steps.0.1.weight"], sum(name.startswith("steps.") and name.endswith(".1.weight") for name in state)
         model = ClipDecoder(encode, first.shape[1], blocks, state["prototypes"], len(content["classes"]), state["tau"].item(), len(first))
     else:
-        model = build_segmenter(args["model"], len(state["aspp.0.bias"]) - 1)
+        model = Mask2Former(content["config"]) if args["model"] in MASK2FORMER else build_segmenter(args["model"], len(content["classes"]))
     load_strictly(path, model.load_state_dict, state)
     return model.eval()
 
