@@ -113,7 +113,7 @@ class Run:
         made = sorted(path for path in out.glob("pred/*") if path.is_dir())
         self.predictions = [path for path in made if (folder.root / "ImageSets/Segmentation" / f"{path.name}.txt").exists()]
         self.photos = [path for path in made if path not in self.predictions]           # somebody's own pictures: eval.py --images
-        order = lambda found: (list(WHAT).index(found[1]["protocol"]["what"]), list(SOURCES).index(source(found[1]["protocol"])), found[0])
+        order = lambda found: (list(WHAT).index(found[1]["protocol"]["what"]), list(SOURCES).index(source(found[1]["protocol"])), len(found[0]), found[0])
         found = [(path.stem.removeprefix("eval_"), common.read_json(path)) for path in out.glob("eval_*.json")]
         self.scores = sorted((pair for pair in found if "protocol" in pair[1]), key=order)
         self.logs = [Log(out / f"{stage}.jsonl", stage) for stage in TRAINED if (out / f"{stage}.jsonl").exists()]
@@ -208,18 +208,31 @@ def pictures(args, folder, runs, chosen):
         if shown:
             tiles = "".join(picture(fit(data.load_image(jpg)), jpg.stem) for jpg in shown)
             parts.append(f'<h3 class="list">{esc(path.name)}</h3><div class="row flow">{tiles}</div>')
-    made = {of for run in runs for of in run.maps.values()}
     shared = ("--split", args.split)
-    parts += [missing(f"maps of {of} ({title})", command(args, "make_cam.py", *shared, "--source", of, "--cam", f"cam_{of}", out=runs[-1 if of in ("text", "vision") else 0].out))
-              for of, title in SOURCES.items() if of not in made]
+    parts += [missing(f"maps of {of} ({SOURCES[of]})", command(args, "make_cam.py", *shared, "--source", of, "--cam", f"cam_{of}", *clip, out=run.out))
+              for run, of, clip in lacking(runs)]
     if not any(run.masks for run in runs):
         parts.append(missing("pseudo masks", command(args, "make_pseudo.py", *shared)))
-    if not any(run.predictions for run in runs):
-        parts.append(missing("predictions", command(args, "eval.py", "--split", "val", "--what", "seg", "--save")))
+    if not any(run.predictions or run.photos for run in runs):
+        listed = (folder.root / "ImageSets/Segmentation/val.txt").exists()
+        parts.append(missing("predictions", command(args, "eval.py", "--split", "val", "--what", "seg", "--save") if listed else
+                             f"python eval.py --out {shlex.quote(str(args.out))} --what seg --images PHOTOGRAPHS"))
     if not any(folder.has_mask(id) for ids in chosen.values() for id in ids):
         parts.append(f'<p class="missing">No true masks of these pictures in <code>{esc(folder.root)}</code>.</p>')
     return section("pictures", "Pictures, side by side", "What each stage changes, by picture (SemPLeS Fig. 6): maps in the order of the stages, a row for each class "
                    "of the picture, then masks, predictions and the truth. Dark is a map's smallest value, bright its largest. Rows scroll sideways.", *parts)
+
+
+def lacking(runs):
+    """(run, source, flags) of the maps that are missing beside others of their kind, S's or CLIP's; all of them where there are none at all."""
+    kinds, found = (("cls", "match", "refine"), ("text", "vision")), []
+    for kind in kinds:
+        there = [run for run in runs if set(kind) & set(run.maps.values())]
+        run = there[0] if there else runs[-1 if "text" in kind else 0]
+        clip = next((made["clip"] for made in run.recipes.values() if made.get("clip")), None)
+        if there or not any(run.maps for run in runs):
+            found += [(run, of, ["--clip", shlex.quote(clip)] if clip and "text" in kind else []) for of in kind if of not in run.maps.values()]
+    return found
 
 
 # ---------------------------------------------------------------- where prompts look
@@ -371,6 +384,8 @@ def in_words(p):
     """A protocol as a line of text; the whole of it is in the page too."""
     made, words = p.get("made_by") or {}, [f"{p['split']} of {p['data']}", f"{p['pictures']} pictures{' (--limit)' if p.get('limit') else ''}"]
     words += [f"maps of {source(p)}"] if made and p["what"] in ("cam", "pseudo") else []
+    tau = (made.get("args") or {}).get({"text": "tau_t", "vision": "tau_i"}.get(made.get("source")))
+    words += [f"tau {tau:g}"] if tau and p["what"] == "cam" else []
     words += [f"background {p['background']} {p['value']:g}"] if "background" in p else []
     if p["what"] == "pseudo" and made:
         words += [f"background {made['background']} {made['value']:g}", f"CRF {made['crf']}" if made["crf"] else "no CRF"]
