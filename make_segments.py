@@ -1,4 +1,4 @@
-"""Segments of every picture, without classes: SAM's automatic masks at three levels, or superpixels at several scales where there is no SAM.
+"""Segments of every picture, without classes: SAM's automatic masks at three levels, or superpixels where there is no SAM.
 
 Paper   SemPLeS Table 4, "SAM-based": the seeds of FMA-WSSS (Yang and Gong, WACV 2024), which calls them quasi-superpixels; make_pseudo.py --segments lets them vote
 Reads   pictures of --data; --sam: a SAM by its name or folder (pip install transformers scipy), or nothing (pip install scikit-image)
@@ -10,7 +10,8 @@ sam     A grid of points over the picture, and in every crop of --crop-layers; e
         Kept: what SAM is sure of (--pred-iou), what moves little with its threshold (--stability), what no crop's edge cuts, one of several with almost
         the same box (--nms), without islands and holes below --min-area. FMA-WSSS prefers wholes: see --whole-bonus, --whole-first, --covered;
         --whole-bonus 0 --no-whole-first --covered 0 gives SAM's own masks. In --amp off it is float32, as published.
-felzenszwalb, slic   --scales superpixels from fine to coarse, one partition each, all of level 0: every pixel goes to the surest of its superpixels.
+felzenszwalb, slic   Superpixels, a partition of the picture for each of --scales. All are of level 0, since the coarsest of several levels would hide the rest;
+        every pixel goes to the surest of its superpixels. In the toy world one fine scale makes better masks than several.
 
 SAM takes a GPU a process (torchrun); superpixels take --workers processes. Each file is written as it is finished, so a run can be interrupted and goes
 on; segments of another recipe are refused, or replaced with --no-resume.
@@ -30,7 +31,7 @@ from torchvision.ops import nms
 
 from wsss import common, data
 
-SCALES = {"felzenszwalb": [50, 200, 800], "slic": [400, 100, 25]}      # fine to coarse: felzenszwalb's scale, slic's number of superpixels
+SCALES = {"felzenszwalb": [50], "slic": [200]}                          # felzenszwalb's scale; slic's number of superpixels
 OVERLAP = 512 / 1500                                                    # of neighbouring crops, as a share of the shorter side (SAM)
 EDGE = 20                                                               # pixels; a mask that comes so near to a crop's edge is cut by it (SAM)
 AT_ONCE = 2 ** 25                                                       # values of masks at full size at a time: 128 MB
@@ -53,7 +54,7 @@ def parse():
     g.add_argument("--whole-first", action=argparse.BooleanOptionalAction, default=True, help="wholes win against parts in --nms")
     g.add_argument("--covered", type=common.share, default=0.3, help="a part goes if one segment of a higher level that stays covers this share of it; 0: all stay")
     g = p.add_argument_group("superpixels")
-    g.add_argument("--scales", type=common.above_zero, nargs="+", help=f"felzenszwalb: its scale; slic: how many superpixels (default: {SCALES})")
+    g.add_argument("--scales", type=common.above_zero, nargs="+", help="felzenszwalb: its scale, larger is coarser (default: 50); slic: how many superpixels (default: 200)")
     args = p.parse_args()
     if args.source == "sam" and args.scales:
         p.error("--scales goes with --source felzenszwalb or slic")
@@ -106,12 +107,14 @@ class Sam:
         import transformers
         transformers.utils.logging.disable_progress_bar()
         try:
-            model = env.in_turn(lambda: transformers.SamModel.from_pretrained(args.sam))
+            model, report = env.in_turn(lambda: transformers.SamModel.from_pretrained(args.sam, output_loading_info=True))
             self.processor = transformers.SamProcessor.from_pretrained(args.sam)
         except (OSError, ValueError) as error:
             raise ValueError(f"--sam {args.sam} cannot be loaded ({str(error).splitlines()[0]}): "
                              "give a name such as facebook/sam-vit-huge, or a folder with config.json, preprocessor_config.json and model.safetensors") from None
-        self.model, self.args, self.env = model.to(env.device).eval(), args, env
+        if report["missing_keys"] or report["mismatched_keys"]:         # transformers would go on with random numbers there
+            raise ValueError(f"--sam {args.sam} is no whole SAM: {sorted(report['missing_keys'] or report['mismatched_keys'])[0]} is not in it")
+        self.model, self.args, self.env = model.float().to(env.device).eval(), args, env
 
     @torch.no_grad()
     def __call__(self, image):

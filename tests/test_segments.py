@@ -1,4 +1,5 @@
 """Segments and their vote: the rules against loops over pixels, no trace of an order, every layout that is read, and SAM's masks against one point at a time."""
+import importlib.util
 import itertools
 import json
 import os
@@ -274,7 +275,7 @@ def world(voc, tmp_path):
     for n, id in enumerate(LABELS):
         truth = folder.truth(id)
         labels = truth.astype(int) * 100 + np.arange(truth.size).reshape(truth.shape) // 500
-        data.save_segments(out / "segments" / f"{id}.npz", truth.shape, data.label_segments(labels, n % 3) if id != "a_5" else [])
+        data.save_segments(out / "segments" / f"{id}.npz", truth.shape, [s._replace(level=n % 3) for s in data.label_segments(labels)] if id != "a_5" else [])
     (out / "segments/recipe.json").write_text('{"fingerprint": "first"}')
     put_maps(voc, out)                                                              # removes the truth: masks are made without it
     return voc, out
@@ -356,6 +357,7 @@ def test_superpixels_are_partitions_and_a_run_goes_on(voc, tmp_path):
     before = files(out / "segments")
     assert call("make_segments.py", *flags, out, "--scales", "5", "--no-resume").returncode == 0 and files(out / "segments") != before
     assert call("make_segments.py", *flags, out, "--source", "slic", "--scales", "9", "--segments", "slic").returncode == 0
+    assert len(files(out / "slic")) == 5
 
 
 def test_two_processes_make_what_one_makes(voc, tmp_path):
@@ -376,11 +378,11 @@ def test_two_processes_make_what_one_makes(voc, tmp_path):
 
 
 def test_a_missing_library_is_one_line(voc, tmp_path, monkeypatch):
-    for module, package, source in (("skimage", "scikit-image", "slic"), ("transformers", "transformers", "sam"), ("scipy", "scipy", "sam")):
-        if module == "scipy" and pytest.importorskip("transformers"):
-            monkeypatch.undo()
-        monkeypatch.setitem(sys.modules, module, None)
-        refused(call("make_segments.py", "--data", voc, "--out", tmp_path / "out", *SHARED, "--source", source), f"pip install {package}")
+    cases = [("skimage", "scikit-image", "slic"), ("transformers", "transformers", "sam")] + [("scipy", "scipy", "sam")] * (importlib.util.find_spec("transformers") is not None)
+    for module, package, source in cases:
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, module, None)
+            refused(call("make_segments.py", "--data", voc, "--out", tmp_path / "out", *SHARED, "--source", source), f"pip install {package}")
     assert not (tmp_path / "out/segments").exists()
 
 
@@ -407,17 +409,17 @@ def sam(tmp_path_factory):
     return path
 
 
-SAM = ["--points", "4", "--pred-iou", "0", "--stability", "0.5", "--min-area", "6", "--nms", "0.9", "--amp", "off"]
+SAM = ["--points", "4", "--pred-iou", "-0.5", "--stability", "0.5", "--min-area", "6", "--nms", "0.9", "--amp", "off"]
 
 
-def near(model, points, sigma):
+def near(model, sigma):
     """Makes the model's masks end at some distance from their point, so that there are boxes of many sizes."""
     def hook(module, args, kwargs, out):
         n = out.pred_masks.shape[-1]
         ticks = (torch.arange(n) + 0.5) * 64 / n
         x, y = kwargs["input_points"][0, :, 0, 0], kwargs["input_points"][0, :, 0, 1]
         far = (ticks[None, None] - x[:, None, None]) ** 2 + (ticks[None, :, None] - y[:, None, None]) ** 2
-        out.pred_masks = out.pred_masks + 20 - (far[None, :, None] / torch.tensor(sigma)[:, None, None] ** 2)
+        out.pred_masks = 0.3 * out.pred_masks + 8 - (far[None, :, None] / torch.tensor(sigma)[:, None, None] ** 2)
         return out
     model.register_forward_hook(hook, with_kwargs=True)
 
@@ -498,10 +500,10 @@ def one_point_at_a_time(sam, image, args):
 
 def test_sams_masks_are_those_of_one_point_at_a_time(sam, tmp_path, monkeypatch):
     image = np.array(Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((90, 60), Image.BICUBIC))
-    monkeypatch.setattr(sys, "argv", ["make_segments.py", "--data", "x", "--out", str(tmp_path), "--sam", str(sam), *SAM, "--nms", "0.7", "--points-per-batch", "5", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["make_segments.py", "--data", "x", "--out", str(tmp_path), "--sam", str(sam), *SAM, "--nms", "0.7", "--covered", "0.8", "--points-per-batch", "5", "--device", "cpu"])
     args = make_segments.parse()
     segmenter = make_segments.Sam(args, common.Env(args))
-    near(segmenter.model, 4, [7.0, 10.0, 14.0])
+    near(segmenter.model, [3.0, 5.0, 7.0])
     monkeypatch.setattr(make_segments, "AT_ONCE", 3 * 64 * 64)                      # three masks at full size at a time
     want, found = one_point_at_a_time(segmenter, image, args), segmenter(image)
     table = lambda rows: sorted((level, mask.tobytes(), score, stability) for mask, level, score, stability in rows)
@@ -533,10 +535,14 @@ def test_the_command_with_sam(sam, voc, tmp_path):
     assert done.returncode == 0, done.stderr
     note = json.loads((tmp_path / "a/segments.json").read_text())
     assert note["segments"] >= 5 and note["weights"] == common.fingerprint(sam / "model.safetensors")
-    call("make_segments.py", *flags, tmp_path / "b", "--covered", "0")
-    assert json.loads((tmp_path / "b/segments.json").read_text())["segments"] > note["segments"]
+    call("make_segments.py", *flags, tmp_path / "b", "--nms", "1", "--covered", "0")                             # nothing is too alike: also parts
+    more = json.loads((tmp_path / "b/segments.json").read_text())
+    assert more["segments"] == sum(more["levels"]) > note["segments"] and min(more["levels"]) > 0
     other = shutil.copytree(sam, tmp_path / "other")
     with open(other / "model.safetensors", "r+b") as file:
         file.seek(-4, os.SEEK_END), file.write(b"\0\0\0\0")
     refused(call("make_segments.py", "--data", voc, *SHARED, "--sam", other, *SAM, "--out", tmp_path / "a"), "--sam")
     refused(call("make_segments.py", "--data", voc, *SHARED, "--sam", voc, *SAM, "--out", tmp_path / "c"), "cannot be loaded", "sam-vit-huge")
+    model = importlib.import_module("transformers").SamModel.from_pretrained(sam)
+    model.save_pretrained(other, state_dict={k: v for k, v in model.state_dict().items() if "iou_token" not in k})
+    refused(call("make_segments.py", "--data", voc, *SHARED, "--sam", other, *SAM, "--out", tmp_path / "c"), "is no whole SAM", "iou_token")

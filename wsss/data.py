@@ -478,17 +478,17 @@ def segment(mask, level=0, score=float("nan"), stability=float("nan"), corner=(0
     return Segment(box, np.packbits(mask[top:bottom, left:right]), int(level), float(score), float(stability))
 
 
-def label_segments(labels, level=0):
+def label_segments(labels):
     """Label map (H, W) of whole numbers -> a Segment for each number in it, 0 too."""
     order = labels.ravel().argsort(kind="stable")                          # pixels of one label lie together: no (S, H, W) is made
     values = labels.ravel()[order]
     found = []
     for pixels in np.split(order, np.flatnonzero(np.diff(values)) + 1):
         y, x = np.divmod(pixels, labels.shape[1])
-        top, left = y.min(), x.min()
-        mask = np.zeros((y.max() - top + 1, x.max() - left + 1), bool)
+        top, left, bottom, right = (int(n) for n in (y.min(), x.min(), y.max() + 1, x.max() + 1))
+        mask = np.zeros((bottom - top, right - left), bool)
         mask[y - top, x - left] = True
-        found.append(segment(mask, level, corner=(int(top), int(left))))
+        found.append(Segment((top, left, bottom, right), np.packbits(mask)))
     return found
 
 
