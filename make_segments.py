@@ -95,7 +95,7 @@ def crops(size, layers):
 def grid(n):
     """(n * n, 2) points x, y in the middle of n x n cells of the unit square."""
     ticks = (torch.arange(n) + 0.5) / n
-    return torch.cartesian_prod(ticks, ticks).flip(1)
+    return torch.cartesian_prod(ticks, ticks)
 
 
 class Sam:

@@ -234,6 +234,15 @@ def test_equal_scores_are_painted_by_size_and_place_not_by_order():
     assert np.array_equal(one, two) and {1, 2} == set(one[8:10, 3])  | set(one[3:15, 3]) - {0}
 
 
+def test_what_is_equal_is_painted_by_size():
+    small, large = np.zeros((2, H, W), bool)
+    small[2:5, 2:5], large[2:9, 2:9] = True, True
+    for order in ([small, large], [large, small]):
+        rows = [1 if mask is small else 2 for mask in order]
+        drawn = make_pseudo.paint(packed(order), rows, [0, 0], np.zeros((H, W), int))
+        assert np.array_equal(drawn, np.where(small, 1, np.where(large, 2, 0)))
+
+
 def test_sams_paints_the_whole_over_its_part():
     maps = np.zeros((1, 6, 6), np.float32)
     maps[0, :3] = 1
@@ -254,6 +263,13 @@ def test_sepl_is_its_rule_and_knows_no_order():
     assert (want != mask).any() and np.array_equal(make_pseudo.sepl(packed(found), mask), want)
     for _ in range(4):
         assert np.array_equal(make_pseudo.sepl([packed(found)[i] for i in rng.permutation(len(found))], mask), want)
+
+    mask[:] = 0
+    mask[:, :10], mask[:, 10:20] = 1, 2
+    sure, small = np.zeros((2, H, W), bool)
+    sure[:10, :11], small[:3, 9:12] = True, True                                    # 10 of 11 columns, and 2 of 3: the larger is on top
+    drawn = make_pseudo.sepl(packed([sure, small]), mask)
+    assert (drawn[:3, :11] == 1).all() and (drawn[:3, 11] == 2).all() and np.array_equal(drawn, slow_sepl([small, sure], mask))
 
     mask[:] = 0
     mask[2:5, 2:5] = 1                                                              # 9 pixels
@@ -419,6 +435,7 @@ def near(model, sigma):
         ticks = (torch.arange(n) + 0.5) * 64 / n
         x, y = kwargs["input_points"][0, :, 0, 0], kwargs["input_points"][0, :, 0, 1]
         far = (ticks[None, None] - x[:, None, None]) ** 2 + (ticks[None, :, None] - y[:, None, None]) ** 2
+        out.iou_scores = out.iou_scores - torch.tensor([0, 0, 0.6])                 # wholes are no longer the best anyway
         out.pred_masks = 0.3 * out.pred_masks + 8 - (far[None, :, None] / torch.tensor(sigma)[:, None, None] ** 2)
         return out
     model.register_forward_hook(hook, with_kwargs=True)
@@ -480,14 +497,14 @@ def one_point_at_a_time(sam, image, args):
             logits = sam.processor.post_process_masks(out.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"], binarize=False,
                                                       pad_size={"height": 64, "width": 64})[0][0, level].numpy()
             score = out.iou_scores[0, 0, level].item()
-            if not (logits > 0).any() or score + 0.1 * (level == 2) <= args.pred_iou or (logits > 1).sum() / (logits > -1).sum() < args.stability:
+            if not (logits > 0).any() or score + args.whole_bonus * (level == 2) <= args.pred_iou or (logits > 1).sum() / (logits > -1).sum() < args.stability:
                 continue
             mask = np.zeros(size, bool)
             mask[top:bottom, left:right] = logits > 0
             ends = zip(box(mask), (top, left, bottom, right), (0, 0, *size))
             if not any(abs(end - edge) <= 20 and abs(end - last) > 20 for end, edge, last in ends):
                 found.append((mask, level, score, (logits > 1).sum() / (logits > -1).sum(), (bottom - top) * (right - left)))
-        kept += [found[i] for i in naive_nms([box(f[0]) for f in found], [f[2] + (f[1] == 2) for f in found], args.nms)]
+        kept += [found[i] for i in naive_nms([box(f[0]) for f in found], [f[2] + (f[1] == 2) * args.whole_first for f in found], args.nms)]
     kept = [kept[i] for i in naive_nms([box(f[0]) for f in kept], [1 / f[4] for f in kept], args.nms)]
     clean = [naive_clean(f[0], args.min_area) for f in kept]
     order = naive_nms([box(mask) for mask in clean], [float((mask == f[0]).all()) for mask, f in zip(clean, kept)], args.nms)
@@ -498,9 +515,10 @@ def one_point_at_a_time(sam, image, args):
     return stay
 
 
-def test_sams_masks_are_those_of_one_point_at_a_time(sam, tmp_path, monkeypatch):
+@pytest.mark.parametrize("flags", [["--nms", "0.7"], ["--nms", "0.45", "--pred-iou", "-0.4", "--whole-bonus", "0.3", "--min-area", "30"]], ids=["few", "many"])
+def test_sams_masks_are_those_of_one_point_at_a_time(sam, tmp_path, monkeypatch, flags):
     image = np.array(Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((90, 60), Image.BICUBIC))
-    monkeypatch.setattr(sys, "argv", ["make_segments.py", "--data", "x", "--out", str(tmp_path), "--sam", str(sam), *SAM, "--nms", "0.7", "--covered", "0.8", "--points-per-batch", "5", "--device", "cpu"])
+    monkeypatch.setattr(sys, "argv", ["make_segments.py", "--data", "x", "--out", str(tmp_path), "--sam", str(sam), *SAM, "--covered", "0.8", *flags, "--points-per-batch", "5", "--device", "cpu"])
     args = make_segments.parse()
     segmenter = make_segments.Sam(args, common.Env(args))
     near(segmenter.model, [3.0, 5.0, 7.0])
@@ -508,7 +526,7 @@ def test_sams_masks_are_those_of_one_point_at_a_time(sam, tmp_path, monkeypatch)
     want, found = one_point_at_a_time(segmenter, image, args), segmenter(image)
     table = lambda rows: sorted((level, mask.tobytes(), score, stability) for mask, level, score, stability in rows)
     got = table((whole(s, (60, 90)), s.level, s.score, s.stability) for s in found)
-    assert len(want) > 10 and {f[1] for f in want} == {0, 1, 2}
+    assert len(want) > 8 and len({f[1] for f in want}) > 1
     assert [g[:2] for g in got] == [w[:2] for w in table(want)]
     assert np.allclose([g[2:] for g in got], [w[2:] for w in table(want)], atol=1e-5)
 
@@ -523,9 +541,17 @@ def test_small_islands_and_holes_go_exactly():
         got = make_segments.clean(data.segment(mask, 2, 0.5, 0.25), 12, (H, W))
         assert np.array_equal(whole(got), naive_clean(mask, 12)) and (got.level, got.score, got.stability) == (2, 0.5, 0.25)
     square = np.zeros((H, W), bool)
-    square[3:9, 3:9] = True
+    square[3:8, 3:8] = True
     s = data.segment(square)
-    assert make_segments.clean(s, 12, (H, W)) is s
+    assert make_segments.clean(s, 12, (H, W)) is s and make_segments.clean(s, 30, (H, W)) is s                   # 24 pixels around the box are no hole
+
+
+def test_of_two_boxes_that_are_much_the_same_the_better_one_stays():
+    found, scores = blobs(40, seed=2), np.random.default_rng(0).random(40).tolist()
+    for least in (0.0707, 0.3131, 0.6161):                                           # no quotient of small numbers
+        got = make_segments.suppress(packed(found), scores, least)
+        assert got == naive_nms([box(mask) for mask in found], scores, least) and 1 < len(got) < 40
+    assert make_segments.suppress([], [], 0.5) == []
 
 
 def test_the_command_with_sam(sam, voc, tmp_path):
