@@ -547,10 +547,11 @@ def test_small_islands_and_holes_go_exactly():
 
 
 def test_of_two_boxes_that_are_much_the_same_the_better_one_stays():
-    found, scores = blobs(40, seed=2), np.random.default_rng(0).random(40).tolist()
-    for least in (0.0707, 0.3131, 0.6161):                                           # no quotient of small numbers
+    found = [mask for mask in blobs(60, seed=2) if min(np.subtract(box(mask)[2:], box(mask)[:2])) > 0]          # a line has no area in SAM's boxes
+    scores = np.random.default_rng(0).random(len(found)).tolist()
+    for least in (0.0707, 0.1717, 0.2323):                                           # no quotient of small numbers
         got = make_segments.suppress(packed(found), scores, least)
-        assert got == naive_nms([box(mask) for mask in found], scores, least) and 1 < len(got) < 40
+        assert got == naive_nms([box(mask) for mask in found], scores, least) and 1 < len(got) < len(found)
     assert make_segments.suppress([], [], 0.5) == []
 
 
