@@ -531,6 +531,23 @@ def test_sams_masks_are_those_of_one_point_at_a_time(sam, tmp_path, monkeypatch,
     assert np.allclose([g[2:] for g in got], [w[2:] for w in table(want)], atol=1e-5)
 
 
+def test_the_whole_and_what_was_clean_are_preferred(monkeypatch):
+    square, spotted = np.zeros((2, 60, 90), bool)
+    square[10:30, 10:30] = True
+    spotted[11:30, 10:30] = spotted[50, 80] = True                                  # its spot goes: then its box is almost the square's
+    segmenter = object.__new__(make_segments.Sam)
+
+    def left(segments, **flags):
+        segmenter.args = types.SimpleNamespace(**{**dict(crop_layers=0, points=1, nms=0.7, min_area=0, whole_first=True, covered=0), **flags})
+        monkeypatch.setattr(make_segments.Sam, "in_crop", lambda self, image, crop, points: segments)
+        return [(s.level, s.score) for s in segmenter(np.zeros((60, 90, 3), np.uint8))]
+
+    part, same = data.segment(square, 0, 0.75, 1), data.segment(square, 2, 0.5, 1)
+    assert left([part, same]) == [(2, 0.5)] and left([part, same], whole_first=False) == [(0, 0.75)]
+    dirty = data.segment(spotted, 1, 0.875, 1)
+    assert left([dirty, part]) == [(1, 0.875), (0, 0.75)] and left([dirty, part], min_area=20) == [(0, 0.75)]
+
+
 def test_small_islands_and_holes_go_exactly():
     rng = np.random.default_rng(1)
     for n in range(12):
