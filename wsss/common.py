@@ -437,7 +437,7 @@ def open_folder(folder, args, env, free, keep=False, **facts):
     if env.main:
         folder.mkdir(parents=True, exist_ok=True)
         if not args.resume and not (keep and same):
-            for path in [path for ending in ("npy", "png", "pt") for path in folder.glob(f"*.{ending}")]:
+            for path in [path for ending in ("npy", "npz", "png", "pt") for path in folder.glob(f"*.{ending}")]:
                 path.unlink()
         folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
         decides = {k: v for k, v in recipe(args).items() if k not in free}
