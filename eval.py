@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from wsss import clip_model, common, crf, data, gradcam, metrics, segmenter
+from wsss import clip_model, common, crf, data, gradcam, mask2former, metrics, segmenter
 
 ORACLE = torch.arange(1, 100).double() / 100                                # thresholds tried by --oracle
 FREE = ("split", "limit", "batch_size", "seed", "what", "save", "voc_test", "clip", "pred", "cam", "pseudo", "background", "threshold", "alpha", "oracle")
@@ -195,6 +195,8 @@ def load_network(args, env):
     """<out>/seg.pt on its device; VPL's decoder with the frozen CLIP it was trained on."""
     path = args.out / "seg.pt"
     content = common.load(path, "seg")
+    if content["args"]["model"] in mask2former.NAMES:
+        return mask2former.rebuild_mask2former(content, path).eval().to(env.device)
     if content["args"]["model"] != "clip_decoder":
         return segmenter.load_segmenter(path).to(env.device)
     name = args.clip or content["args"]["clip"]

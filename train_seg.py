@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from wsss import clip_model, common, data, gradcam, losses, segmenter
+from wsss import clip_model, common, data, gradcam, losses, mask2former, segmenter
 
 # What each paper trains its network with; a toy network takes its big sister's. VPL gives neither rate nor crop: ours, and WeCLIP's.
 # 264,500 steps of 4 are WeakTr's 100 epochs of train_aug. Of scales SemPLeS says nothing; the decay of Mask2Former is that of its own paper.
@@ -50,7 +50,7 @@ def papers(flag):
 
 def parse():
     p = common.parser(__doc__, batch_size=None)
-    p.add_argument("--model", choices=list(segmenter.NAMES), default="deeplabv2_resnet101", help="architecture")
+    p.add_argument("--model", choices=[*segmenter.NAMES, *mask2former.NAMES], default="deeplabv2_resnet101", help="architecture")
     p.add_argument("--label-dir", type=Path, help="masks to learn instead of <out>/pseudo, one <id>.png for each picture of --split")
     p.add_argument("--init", help="weights to start from: imagenet (the default, downloaded once), none (clip_decoder's), or a file: of a backbone, or a whole seg.pt; "
                    "for Mask2Former also the name or the folder of a Swin, or of a whole Mask2Former (which has seen true masks), as transformers has them")
@@ -87,8 +87,8 @@ def parse():
         p.error("--width is a multiple of 8, --tau-rsc above 0")
     if not 0 < args.min_scale <= args.max_scale:
         p.error("--min-scale is above 0 and at most --max-scale")
-    if args.model.startswith("mask2former") and args.crop % segmenter.Mask2Former.stride:
-        p.error(f"--crop of a Mask2Former is a multiple of {segmenter.Mask2Former.stride}")
+    if args.model in mask2former.NAMES and args.crop % mask2former.Mask2Former.stride:
+        p.error(f"--crop of a Mask2Former is a multiple of {mask2former.Mask2Former.stride}")
     if args.train_batchnorm is None:
         args.train_batchnorm = args.init == "none" and args.model.startswith("deeplab")   # the others have none
     return args
@@ -148,14 +148,20 @@ def set_loss(classes, masks, label_maps, numbers, seed, config, env):
 def build(args, folder, env):
     """The network on its device, its BatchNorm settled."""
     init = None if args.init == "none" else args.init
+    whole = None
     if init and Path(init).is_file() and "stage" in segmenter.read(init):
-        common.load(init, "seg", folder.classes)                                # a whole network: of these classes, in this order
+        whole = common.load(init, "seg", folder.classes)                        # of these classes, in this order
+    if args.model in mask2former.NAMES:
+        if init and Path(init).is_file():
+            return mask2former.rebuild_mask2former(whole or {}, init).to(env.device)
+        model = mask2former.build_mask2former(args.model, len(folder.classes), init).to(env.device)
+        if env.main and model.origin:
+            print(model.origin)
+        return model
     if args.model != "clip_decoder":
         model = segmenter.build_segmenter(args.model, len(folder.classes), init).to(env.device)
         if args.model.startswith("deeplab") and not args.train_batchnorm:
             model.rest_batchnorm()
-        if env.main and getattr(model, "origin", None):
-            print(model.origin)
         return torch.nn.SyncBatchNorm.convert_sync_batchnorm(model) if env.world > 1 and args.train_batchnorm else model
     clip = clip_model.load_clip(args.clip, env.device)
     visual = clip.model.visual
@@ -187,7 +193,7 @@ def main():
     out, last = args.out / "seg.pt", args.out / "seg.last.pt"
     label_dir = args.label_dir or args.out / "pseudo"
     decoder = {"clip": args.clip, "prototypes": args.out / "prototypes.pt"} if args.model == "clip_decoder" else {}
-    sets = args.model.startswith("mask2former")
+    sets = args.model in mask2former.NAMES
     args.inputs = common.inputs(init=args.init, masks=label_dir, **decoder)
     if common.finished(out, args):
         return env.close(f"{out} is finished")

@@ -12,6 +12,7 @@ from conftest import ROOT, same
 from torchvision.models import resnet101
 
 from wsss import generator, segmenter
+from wsss import mask2former as m2f
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 
@@ -370,7 +371,7 @@ def library():
 @pytest.fixture
 def mask2former(library):
     torch.manual_seed(0)
-    return segmenter.build_segmenter("mask2former_toy", 3)
+    return m2f.build_mask2former("mask2former_toy", 3)
 
 
 def test_without_transformers_one_line(monkeypatch):
@@ -378,14 +379,14 @@ def test_without_transformers_one_line(monkeypatch):
         monkeypatch.setitem(sys.modules, "scipy", ModuleType("scipy"))                                   # there, or not here either
         monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ValueError, match=f"Mask2Former needs the library {name}: pip install"):
-            segmenter.build_segmenter("mask2former_toy", 3)
+            m2f.build_mask2former("mask2former_toy", 3)
         monkeypatch.undo()
 
 
 def test_scores_are_classes_times_masks():
     torch.manual_seed(0)
     classes, masks = torch.randn(1, 5, 4), torch.randn(1, 5, 2, 3)                                       # background, two classes, null
-    found = segmenter.semantic_logits(classes, masks).softmax(1)
+    found = m2f.semantic_logits(classes, masks).softmax(1)
     for i, j in ((0, 0), (1, 2)):
         scores = [sum((classes[0, q].exp()[c] / classes[0, q].exp().sum() / (1 + (-masks[0, q, i, j]).exp())).item() for q in range(5)) for c in range(3)]
         assert found[0, :, i, j].tolist() == pytest.approx([s / sum(scores) for s in scores], abs=1e-6)
@@ -433,23 +434,22 @@ def test_mask2former_comes_back_without_a_network(mask2former, library, tmp_path
         monkeypatch.setattr(kind, "from_pretrained", None)
     images = torch.rand(1, 3, 40, 30)
     with torch.no_grad():
-        assert torch.equal(segmenter.load_segmenter(path)(images), mask2former.eval()(images))
-    assert same(segmenter.build_segmenter("mask2former_toy", 3, path).state_dict(), mask2former.state_dict())
-    content = torch.load(path, weights_only=True)
+        content = torch.load(path, weights_only=True)
+        assert torch.equal(m2f.rebuild_mask2former(content, path).eval()(images), mask2former.eval()(images))
     del content["model"]["network.class_predictor.bias"]
     with pytest.raises(ValueError, match="seg.pt does not fit this network.*class_predictor.bias"):
-        segmenter.load_segmenter(save(path, **content))
+        m2f.rebuild_mask2former(content, path)
     with pytest.raises(ValueError, match="toy_backbone.pt: not a Mask2Former of ours"):
-        segmenter.build_segmenter("mask2former_toy", 3, TRUNK)
+        m2f.rebuild_mask2former({}, TRUNK)
 
 
 def test_mask2former_starts_from_a_swin_or_from_another(library, tmp_path):
     import safetensors.torch as safetensors
     torch.manual_seed(1)
-    swin, _ = segmenter.MASK2FORMER["mask2former_toy"]
+    swin, _ = m2f.MASK2FORMER["mask2former_toy"]
     classifier = library.SwinForImageClassification(library.SwinConfig(**swin, num_labels=7))
     classifier.save_pretrained(tmp_path / "swin")
-    model = segmenter.build_segmenter("mask2former_toy", 3, str(tmp_path / "swin"))
+    model = m2f.build_mask2former("mask2former_toy", 3, str(tmp_path / "swin"))
     prefix = "network.model.pixel_level_module.encoder."
     read = classifier.swin.state_dict()
     assert model.network.config.backbone_config.window_size == 6 and model.network.config.num_queries == 10
@@ -457,9 +457,9 @@ def test_mask2former_starts_from_a_swin_or_from_another(library, tmp_path):
     assert f"{len(read)} tensors read" in model.origin and "class_predictor (2)" in model.origin and "left out: classifier.bias, classifier.weight" in model.origin
     assert "model.pixel_level_module.encoder (8)" in model.origin                                        # the norms of the four stages
 
-    other = segmenter.build_segmenter("mask2former_toy", 5)
+    other = m2f.build_mask2former("mask2former_toy", 5)
     other.network.save_pretrained(tmp_path / "whole")
-    model = segmenter.build_segmenter("mask2former_toy", 3, str(tmp_path / "whole"))
+    model = m2f.build_mask2former("mask2former_toy", 3, str(tmp_path / "whole"))
     fresh = {"network.class_predictor.weight", "network.class_predictor.bias", "network.criterion.empty_weight"}
     assert {k for k, v in model.state_dict().items() if not torch.equal(v.flatten()[:9], other.state_dict()[k].flatten()[:9])} == fresh
     assert model.network.class_predictor.weight.shape == (5, 64) and "fresh are class_predictor (2), criterion (1); left out: nothing" in model.origin
@@ -471,6 +471,6 @@ def test_mask2former_starts_from_a_swin_or_from_another(library, tmp_path):
     safetensors.save_file(content, tmp_path / "swin/model.safetensors", {"format": "pt"})
     for init, words in (("wide", "has a Swin of width 32"), ("nothing", "transformers reads no network there"), ("swin", "swin lacks 1 weights.*embeddings.norm.bias")):
         with pytest.raises(ValueError, match=words):
-            segmenter.build_segmenter("mask2former_toy", 3, str(tmp_path / init))
+            m2f.build_mask2former("mask2former_toy", 3, str(tmp_path / init))
     with pytest.raises(ValueError, match="mask2former_toy has no ImageNet weights"):
-        segmenter.build_segmenter("mask2former_toy", 3, "imagenet")
+        m2f.build_mask2former("mask2former_toy", 3, "imagenet")

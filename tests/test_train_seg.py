@@ -15,6 +15,7 @@ from torchvision import tv_tensors
 
 import train_seg
 from wsss import common, data, losses, segmenter
+from wsss import mask2former as m2f
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 
@@ -399,7 +400,7 @@ def mask2former():
     if MISSING:
         pytest.skip(f"needs {MISSING}")
     torch.manual_seed(0)
-    return segmenter.build_segmenter("mask2former_toy", 3).train()
+    return m2f.build_mask2former("mask2former_toy", 3).train()
 
 
 ONE = SimpleNamespace(world=1, sum=lambda x: x)

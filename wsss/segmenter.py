@@ -8,10 +8,9 @@ A model owns its mean and std, its parameter groups, and `window`: side and stri
 the whole picture. `mark` is a weight that only a whole network has, and no file of its backbone.
 """
 import hashlib
-import json
 import os
 import re
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ import torch.nn.functional as F
 from torchvision.models import ResNet101_Weights, resnet101
 
 DEIT_IMAGENET = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
-NAMES = ("deeplabv2_resnet101", "segmenter_deit_small", "mask2former_swin_large", "clip_decoder", "deeplab_toy", "segmenter_toy", "mask2former_toy")
+NAMES = ("deeplabv2_resnet101", "segmenter_deit_small", "clip_decoder", "deeplab_toy", "segmenter_toy")
 
 
 # ------------------------------------------------------------------------------------------------------- DeepLab-v2
@@ -238,144 +237,6 @@ class Segmenter(nn.Module):
         self.encoder.load_state_dict(state)
 
 
-# ------------------------------------------------------------------------------------- Mask2Former, of transformers
-
-SWIN_LARGE = "microsoft/swin-large-patch4-window12-384-in22k"     # what --init imagenet means
-STAGES = [f"stage{n}" for n in (1, 2, 3, 4)]
-MASK2FORMER = {  # the Swin, and what is not Mask2Former's default
-    "mask2former_swin_large": (dict(image_size=384, embed_dim=192, depths=[2, 2, 18, 2], num_heads=[6, 12, 24, 48], window_size=12, drop_path_rate=0.3), {}),
-    "mask2former_toy": (dict(image_size=96, embed_dim=16, depths=[1, 1, 1, 1], num_heads=[1, 2, 4, 8], window_size=6, drop_path_rate=0.0),
-                        dict(hidden_dim=64, feature_size=64, mask_feature_size=64, num_attention_heads=4, encoder_layers=1, encoder_feedforward_dim=128,
-                             decoder_layers=3, dim_feedforward=128, num_queries=10, train_num_points=512)),
-}
-
-
-class Mask2Former(nn.Module):
-    """Mask2Former (Cheng et al. 2022): every query says a class, or null, and a mask. The background is a class like the others.
-
-    `config`, plain values, rebuilds it; `origin` says what was read at the start and what is fresh."""
-
-    mark, window, origin = "network.class_predictor.weight", None, None
-    stride = 32                                                   # of the Swin's last stage
-
-    def __init__(self, config):
-        super().__init__()
-        library = transformers()
-        self.network = library.Mask2FormerForUniversalSegmentation(library.Mask2FormerConfig.from_dict(config))
-        self.config = config
-        for name, weight in self.network.named_parameters():
-            weight.requires_grad_(".swin.layernorm." not in name)                     # the classifier's: on no path to a mask
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
-
-    def forward(self, images):
-        """RGB in [0, 1] (B, 3, H, W) -> logits (B, 1 + C, H, W). In training, of L decoder layers: logits of the last (B, 1 + C, h, w),
-        class logits (L, B, Q, 2 + C), null last, mask logits (L, B, Q, h, w)."""
-        H, W = images.shape[-2:]
-        x = F.pad((images - self.mean) / self.std, (0, -W % self.stride, 0, -H % self.stride))        # by mean colour
-        out = self.network(pixel_values=x, output_auxiliary_logits=True)
-        classes, masks = out.class_queries_logits.float(), out.masks_queries_logits.float()
-        if not self.training:
-            return semantic_logits(classes, F.interpolate(masks, x.shape[-2:], mode="bilinear", align_corners=False)[..., :H, :W])
-        classes, masks = (torch.stack([*(layer[name].float() for layer in out.auxiliary_logits), last])
-                          for name, last in (("class_queries_logits", classes), ("masks_queries_logits", masks)))
-        return semantic_logits(classes[-1].detach(), masks[-1].detach()), classes, masks
-
-    def groups(self, lr):
-        """For the optimizer: the Swin learns a tenth as fast as the rest; norms, biases and embeddings do not decay."""
-        # From the authors' code, not in the paper: (Mask2Former's) both.
-        tables = {f"{name}.weight" for name, module in self.network.named_modules() if isinstance(module, nn.Embedding)}
-        groups = {(swin, decays): {"params": [], "lr": (0.1 if swin else 1) * lr, **({} if decays else {"weight_decay": 0})}
-                  for swin in (False, True) for decays in (True, False)}
-        for name, weight in self.network.named_parameters():
-            if weight.requires_grad:
-                decays = weight.ndim > 1 and name not in tables and not name.endswith("relative_position_bias_table")
-                groups[name.startswith("model.pixel_level_module.encoder."), decays]["params"].append(weight)
-        return list(groups.values())
-
-
-def semantic_logits(classes, masks):
-    """(B, Q, 2 + C), (B, Q, H, W) -> (B, 1 + C, H, W): the log of sum_q softmax(class without null) sigmoid(mask).
-
-    The softmax over classes of this log is that sum divided by its total: each pixel's scores as probabilities."""
-    with torch.autocast(classes.device.type, enabled=False):
-        return torch.einsum("bqc,bqhw->bchw", classes.softmax(-1)[..., :-1], masks.sigmoid()).clamp(min=1e-6).log()
-
-
-def transformers():
-    try:
-        import scipy  # noqa: F401: its Hungarian matching
-        import transformers
-    except ImportError as error:
-        raise ValueError(f"Mask2Former needs the library {error.name}: pip install transformers scipy") from None
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    return transformers
-
-
-def build_mask2former(name, num_classes, init=None):
-    """`init`: None, "imagenet", a whole network of ours, or a model's name or folder that transformers reads: a Swin, or a whole Mask2Former."""
-    library, (swin, rest) = transformers(), MASK2FORMER[name]
-    if init is None:
-        config = library.Mask2FormerConfig(backbone_config=library.SwinConfig(**swin, out_features=STAGES), num_labels=1 + num_classes, **rest)
-        return Mask2Former(plain(config))
-    if not Path(init).is_file():
-        return start_mask2former(library, name, num_classes, init)
-    content = read(init)
-    if "config" not in content:
-        raise ValueError(f"{init}: not a Mask2Former of ours (train_seg.py writes seg.pt); of others give the name or the folder")
-    model = Mask2Former(content["config"])
-    load_strictly(init, model.load_state_dict, state_of(content, init))
-    return model
-
-
-def start_mask2former(library, name, num_classes, init):
-    """A Mask2Former with the weights of a Swin, or of a whole one but for its classes. What is not there and should be is refused; `origin` says the rest."""
-    if init == "imagenet" and name != "mask2former_swin_large":
-        raise ValueError(f"segmenter {name} has no ImageNet weights: give a folder that transformers reads, or none")
-    init, (swin, rest) = SWIN_LARGE if init == "imagenet" else init, MASK2FORMER[name]
-    config = pretrained(library.AutoConfig, init)
-    if config.model_type not in ("swin", "mask2former"):
-        raise ValueError(f"{init} is a {config.model_type}: {name} starts from a Swin or from a whole Mask2Former")
-    whole = config.model_type == "mask2former"
-    found = config.backbone_config if whole else config
-    if (found.embed_dim, list(found.depths)) != (swin["embed_dim"], swin["depths"]):
-        raise ValueError(f"{init} has a Swin of width {found.embed_dim} and depths {list(found.depths)}, {name} one of {swin['embed_dim']} and {swin['depths']}")
-    if whole:
-        source, notes = pretrained(library.Mask2FormerForUniversalSegmentation, init, output_loading_info=True)
-        prefix, own = "", ("class_predictor.", "criterion.")      # our classes are others
-        config.num_labels = 1 + num_classes
-    else:
-        source, notes = pretrained(library.SwinBackbone, init, out_features=STAGES, output_loading_info=True)
-        prefix, own = "model.pixel_level_module.encoder.", ("hidden_states_norms.",)                  # a classifier's Swin has none
-        source.config.drop_path_rate = swin["drop_path_rate"]
-        config = library.Mask2FormerConfig(backbone_config=source.config, num_labels=1 + num_classes, **rest)
-    missing = [key for key in notes["missing_keys"] if not key.startswith(own)]
-    if missing:
-        raise ValueError(f"{init} lacks {len(missing)} weights of a {config.model_type}, {min(missing)} among them")
-    model = Mask2Former(plain(config))
-    state = {prefix + key: value for key, value in source.state_dict().items() if not key.startswith(own)}
-    fresh = {key: value for key, value in model.network.state_dict().items() if key not in state}
-    load_strictly(init, model.network.load_state_dict, {**fresh, **state})
-    parts = Counter(".".join(key.split(".")[:-1][:3]) for key in fresh)
-    model.origin = (f"{init}: {len(state)} tensors read; fresh are {', '.join(f'{part} ({n})' for part, n in parts.items())}; "
-                    f"left out: {', '.join(sorted(notes['unexpected_keys'])) or 'nothing'}")
-    return model
-
-
-def pretrained(kind, where, **more):
-    try:
-        return kind.from_pretrained(where, **more)
-    except (OSError, ValueError) as error:                        # no such model, no connection, a folder of something else
-        raise ValueError(f"{where}: transformers reads no network there ({' '.join(str(error).split())[:120]}): "
-                         "give a model's name, with a connection, or the folder of a downloaded one") from None
-
-
-def plain(config):
-    """A configuration of transformers as JSON has it: no tuple, no class."""
-    return json.loads(json.dumps(config.to_dict(), default=str))
-
-
 # ------------------------------------------------------------------------------------------------ VPL, phase 2
 
 class Layer(nn.Module):
@@ -475,7 +336,7 @@ def starts(length, side, stride):
 
 def build_segmenter(name, num_classes, init=None):
     """A network for `num_classes` classes besides the background. `init`: None, "imagenet" (downloaded once), or a file: weights of the
-    backbone alone (torchvision's ResNet-101, a DeiT-S, the toy's backbone.pt), or a whole network of ours; for Mask2Former see there."""
+    backbone alone (torchvision's ResNet-101, a DeiT-S, the toy's backbone.pt), or a whole network of ours."""
     if name == "deeplabv2_resnet101":
         model = DeepLabV2(dilated_resnet101(), 2048, num_classes, stride=8, dilations=(6, 12, 18, 24))
     elif name == "deeplab_toy":
@@ -484,8 +345,6 @@ def build_segmenter(name, num_classes, init=None):
         model = Segmenter(num_classes)
     elif name == "segmenter_toy":
         model = Segmenter(num_classes, width=64, depth=3, heads=4, patch=8, grid=12, window=(96, 64), drop_path=0.0, dropout=0.0)
-    elif name in MASK2FORMER:
-        return build_mask2former(name, num_classes, init)
     else:
         raise ValueError(f"segmenter {name}: not one of {', '.join(NAMES)}")
     if init is not None:
@@ -527,7 +386,7 @@ def load_segmenter(path, encode=None):
         first, blocks = state["steps.0.1.weight"], sum(name.startswith("steps.") and name.endswith(".1.weight") for name in state)
         model = ClipDecoder(encode, first.shape[1], blocks, state["prototypes"], len(content["classes"]), state["tau"].item(), len(first))
     else:
-        model = Mask2Former(content["config"]) if args["model"] in MASK2FORMER else build_segmenter(args["model"], len(content["classes"]))
+        model = build_segmenter(args["model"], len(content["classes"]))
     load_strictly(path, model.load_state_dict, state)
     return model.eval()
 
