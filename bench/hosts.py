@@ -4,7 +4,8 @@ Runs the stages themselves with the recipe of run_toy.sh. A pair is a data draw 
 
     cnn                the toy's generator of WeakTr's kind, trained on image labels
     cnn + SemPLeS      after (a), (b), (c)
-    CLIMS              its sibling of CLIMS's kind, by CLIMS's losses with backgrounds named by hand: the data's backgrounds.txt
+    CLIMS              its sibling of CLIMS's kind, by CLIMS's losses with backgrounds named by hand: the data's backgrounds.txt, which
+                       names all of this world's; CLIMS's ten on VOC do not name all of VOC's
     CLIMS, longer      continued by the same losses for the epochs of (c): the control
     CLIMS + SemPLeS    instead continued with L_refine and learned prompts
     text, segments     masks from CLIP's text maps and superpixels, as FMA-WSSS makes its seeds; the next two from the maps of cnn and cnn + SemPLeS
