@@ -5,10 +5,12 @@ Reads   pictures and image labels of --data, ImageNet weights
 Writes  <out>/cls.pt, <out>/cls.last.pt (to resume), <out>/cls.jsonl
 
 The loss is the multi-label soft margin of every logit that the generator offers: for WeakTr those of its class tokens, of its
-coarse maps and of its fine maps. All of the backbone trains here; the later stages freeze it.
+coarse maps and of its fine maps. All of the backbone trains here; the later stages freeze it, CLIMS's do not.
 
     python train_cls.py --data /data/VOC2012 --out runs/voc
     python train_cls.py --data /data/VOC2012 --out runs/voc --init weaktr.pth          # a published generator as it is, no training
+    python train_cls.py --data /data/VOC2012 --out runs/clims --generator resnet50 --optimizer sgd --lr 0.1 --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 \\
+        --epochs 5 --batch-size 16 --crop 512 --no-randaugment --erase 0                                                                 # CLIMS's
     python train_cls.py --data data/toy --out runs/toy --split train --generator cnn_toy --start data/toy/backbone.pt --crop 96
 """
 import argparse
@@ -26,11 +28,11 @@ def parse():
     p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
     p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS, IRN) to take as cls.pt instead of training one")
-    g = common.training(p, epochs=60, lr=7.5e-5)
+    g = common.optimizing(common.training(p, epochs=60, lr=7.5e-5))
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while it trains")
-    g.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up from --warmup-lr")
+    g.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up from --warmup-lr (AdamW)")
     g.add_argument("--warmup-lr", type=float, default=1e-6)
-    g.add_argument("--min-lr", type=float, default=1e-5, help="rate the cosine ends at")
+    g.add_argument("--min-lr", type=float, default=1e-5, help="rate the cosine ends at (AdamW)")
     return p.parse_args()
 
 
@@ -65,11 +67,11 @@ def main():
         if env.main:
             common.save(out, model=model.state_dict(), **finish)
         return env.close(f"{out}: {args.init} as it is")
-    trained = [w for _, w in generator.parameters_to_train(model, args.train_backbone)]
-    optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
+    optimizer = common.optimizer(generator.parameter_groups(model, args.train_backbone, args.lr, args.head_rate), args)
     samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
     loader, batches = data.loader(samples, args.batch_size, env, args.workers)
-    schedule, scaler = warmup_cosine(optimizer, args, len(batches)), env.scaler()
+    schedule = warmup_cosine(optimizer, args, len(batches)) if args.optimizer == "adamw" else common.schedule(optimizer, args, args.epochs * len(batches))
+    scaler = env.scaler()
     begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
     S = env.parallel(model.train())
     log, meter = common.Log(args.out / "cls.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)

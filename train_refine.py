@@ -1,6 +1,6 @@
 """SemPLeS (c), prompt-guided semantic refinement: S keeps matching its class and drops what the class's background prompt describes.
 
-Paper   SemPLeS 3.2.3, Eq. 3; the learning schemes of Table 6 of the arXiv version
+Paper   SemPLeS 3.2.3, Eq. 3; the learning schemes of Table 6 of the arXiv version; Table 4, the host CLIMS
 Reads   pictures and image labels of --data, CLIP, <out>/match.pt (train_match.py) or --init, <out>/prompts.pt (train_prompt.py)
 Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl
 
@@ -8,6 +8,8 @@ L_total = L_match + lambda L_refine, L_refine = -log(1 - sim(E_I(X_f), u_b)), wi
 
 --scheme sequential is the paper's: (a), (b), (c) once. alternate repeats (b) and (c), --rounds in all (one round is sequential);
 joint trains S and fresh prompts at once by all three losses from <out>/cls.pt, the prompts detached in L_refine, S detached in L_prompt.
+
+SemPLeS on CLIMS is CLIMS's losses, by the same flags as in train_match.py, + lambda L_refine.
 
 --targets vision, which is in neither paper, takes VPL's prototypes W (vpl.py) for texts and prompts: u_f is the class's, u_b the learned
 background's that the pair's background region is nearest to. It needs no train_prompt.py.
@@ -29,7 +31,7 @@ def parse():
     p.add_argument("--lambda-refine", type=float, default=0.05, help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
     p.add_argument("--init", help="generator to start from instead of <out>/match.pt: a published checkpoint or one of ours")
     p.add_argument("--prompts", default="learned", choices=["learned", "random"], help="random: prompts as initialised, the ablation of Table 5")
-    p.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper's text may be read")
+    p.add_argument("--train-backbone", action="store_true", help="train all of S, as CLIMS does, and as SemPLeS's text may be read")
     # Neither paper has this: VPL's answer to the modality gap put into SemPLeS's question.
     p.add_argument("--targets", choices=["text", "vision"], default="text",
                    help="what CLIP compares regions with: texts, or the vision prototypes in <out>/prototypes.pt (vpl.py with the same --clip)")
@@ -42,12 +44,15 @@ def parse():
     g.add_argument("--prompt-length", type=common.positive, default=30, help="vectors a class, for joint and random prompts")
     g.add_argument("--prompt-init", choices=["uniform", "normal"], default="uniform", help="as in train_prompt.py")
     common.matching(p)
-    g = common.training(p, epochs=60, lr=6.4e-5)
+    common.clims(p)
+    g = common.optimizing(common.training(p, epochs=60, lr=6.4e-5))
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
     g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while S trains")
     args = p.parse_args()
     if args.targets == "vision" and args.scheme != "sequential":
         p.error("--targets vision has no prompts to train: it goes with --scheme sequential")
+    if args.optimizer == "sgd" and args.scheme != "sequential":
+        p.error("--optimizer sgd is for S, and prompts train by AdamW: it goes with --scheme sequential")
     if args.rounds > 1 and args.scheme != "alternate":
         p.error("--rounds goes with --scheme alternate")
     return args
@@ -74,7 +79,7 @@ def main():
     out, last = args.out / "refine.pt", args.out / "refine.last.pt"
     start = args.init or args.out / ("cls.pt" if args.scheme == "joint" else "match.pt")
     vision = args.targets == "vision"
-    args.inputs = common.inputs(start=start, clip=args.clip, prompts=args.out / ("prototypes.pt" if vision else "prompts.pt"))
+    args.inputs = common.inputs(start=start, clip=args.clip, backgrounds=args.background_texts, prompts=args.out / ("prototypes.pt" if vision else "prompts.pt"))
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
@@ -88,22 +93,22 @@ def main():
         class_text, grounds = content["model"]["prototypes"].to(env.device).tensor_split([len(folder.classes)])
     else:
         class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
+    manual_text = clip.encode_text(data.manual_texts(args.background_texts, args.template))     # (T, D), for CBS
     if not args.init:
         common.load(start, start.stem, folder.classes)
     model = torch.nn.ModuleDict({
         "S": generator.load_generator(start, args.pool, folder.classes, args.drop_path).to(env.device),
         "prompts": load_prompts(args, clip, folder.classes)})
-    trained = [w for _, w in generator.parameters_to_train(model["S"], args.train_backbone)]
+    groups = generator.parameter_groups(model["S"], args.train_backbone, args.lr, args.head_rate)
     phases = {"sequential": ["refine"], "alternate": ["refine"] + ["prompt", "refine"] * (args.rounds - 1), "joint": ["joint"]}[args.scheme]
     total = args.epochs * len(phases)
 
     common.seed_all(args.seed + env.rank)                                               # the noise of S differs between processes again
 
-    optimizer = torch.optim.AdamW([{"params": trained, "lr": args.lr}, {"params": model["prompts"].parameters(), "lr": args.lr_prompts}],
-                                  weight_decay=args.weight_decay)
+    optimizer = common.optimizer([*groups, {"params": model["prompts"].parameters(), "lr": args.lr_prompts}], args)
     samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
     loader, batches = data.loader(samples, args.batch_size, env, args.workers)
-    schedule, scaler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, args.epochs * len(batches)), env.scaler()     # a cosine a phase
+    schedule, scaler = common.schedule(optimizer, args, args.epochs * len(batches)), env.scaler()             # a cosine a phase
     begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
     S, prompts = env.parallel(model["S"]), env.parallel(model["prompts"])
     log, meter = common.Log(args.out / "refine.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
@@ -118,8 +123,8 @@ def main():
             b, k = (x.to(env.device, non_blocking=True) for x in labels.nonzero(as_tuple=True))
             images = images.to(env.device, non_blocking=True)                                        # (P,) picture and class of every pair
             with env.autocast(), torch.set_grad_enabled(phase != "prompt"):
-                maps = S(images)[0][b, k]                                               # (P, h, w)
-                maps = F.interpolate(maps[:, None], clip.size, mode="bilinear")[:, 0]   # (P, H, W) of CLIP's input
+                every = S(images)[0]                                                    # (B, C, h, w)
+                maps = F.interpolate(every[b, k][:, None], clip.size, mode="bilinear")[:, 0]                         # (P, H, W) of CLIP's input
                 # Differs from the paper: in later rounds (b) has its own eps, but sees the crops, the batches and the epochs of (c).
                 masks = maps if model["S"].maps_are_masks else losses.mask_from_map(maps, 1e-4 if phase == "prompt" else args.mask_eps)
                 regions = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
@@ -131,13 +136,15 @@ def main():
             match = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1
             refine = common.mean(losses.refine_loss(v_f, u_b.detach()))                                              # Eq. 3
             prompt = common.mean(losses.prompt_loss(u_b, v_b.detach(), class_text[k], args.lambda_t, args.repel))    # Eq. 2
-            loss = prompt if phase == "prompt" else match + args.lambda_refine * refine + (prompt if phase == "joint" else 0)
-            lr = optimizer.param_groups[phase == "prompt"]["lr"]
+            cbs, reg = common.total(losses.suppression_loss(v_f, manual_text, args.tau_cbs)), common.mean(losses.area_loss(every))
+            of_S = args.lambda_match * match + args.lambda_cbs * cbs + args.lambda_reg * reg + args.lambda_refine * refine
+            loss = {"refine": of_S, "prompt": prompt, "joint": of_S + prompt}[phase]
+            lr = optimizer.param_groups[-1 if phase == "prompt" else 0]["lr"]
             scaler.scale(loss).backward()
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
             with torch.no_grad():
-                meter.add(numbers, loss=loss, match=match, refine=refine, prompt=prompt, mask=common.mean(masks.mean((1, 2))),
+                meter.add(numbers, loss=loss, match=match, refine=refine, prompt=prompt, cbs=cbs, reg=reg, mask=common.mean(masks.mean((1, 2))),
                           sim_f=common.mean(losses.similarity(v_f, class_text[k])), sim_b=common.mean(losses.similarity(v_b, class_text[k])),
                           sim_prompt=common.mean(losses.similarity(v_f, u_b)))
             done = epoch * len(batches) + step

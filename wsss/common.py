@@ -77,6 +77,18 @@ def matching(p, mask_eps=0.1):
     return g
 
 
+def clims(p):
+    """The flags of the stages that train S on CLIP's regions, for CLIMS's losses; the defaults are SemPLeS's on WeakTr's generator, without them."""
+    g = p.add_argument_group("CLIMS (SemPLeS Table 4): lambda_match L_match + lambda_cbs CBS + lambda_reg REG")
+    g.add_argument("--lambda-match", type=float, default=1.0, help="weight of L_match (CLIMS: 10 with --lambda-b 2.4 on VOC, 2 with 7 on COCO)")
+    g.add_argument("--lambda-cbs", type=float, default=0.0, help="weight of co-occurring background suppression (CLIMS: 1, COCO 1.25); CBS is a sum over pairs "
+                   "and texts, so that a larger batch makes it count more: CLIMS's weight is one for --batch-size 16")
+    g.add_argument("--lambda-reg", type=float, default=0.0, help="weight of the mean of all maps (CLIMS: 0.2); raise it if masks swallow the picture")
+    g.add_argument("--tau-cbs", type=float, default=0.26, help="CBS counts a text from this cosine on (COCO: 0.285)")
+    g.add_argument("--background-texts", default="clims", help="backgrounds of CBS: clims for CLIMS's ten, or a file of names, one a line")
+    return g
+
+
 def localising(p):
     """The flags of the stages that ask CLIP's GradCAM where a class is (CLIP-ES)."""
     g = p.add_argument_group("CLIP's GradCAM")
@@ -95,7 +107,7 @@ def training(p, epochs=60, lr=6.4e-5, weight_decay=0.03, crop=224, randaugment=T
     """The flags of the stages that train on random crops; the defaults are those of the paper's VOC recipe for the stage."""
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=positive, default=epochs)
-    g.add_argument("--lr", type=float, default=lr, help="AdamW's first rate, as it is used: the paper's number times batch / 512; cosine to 0")
+    g.add_argument("--lr", type=float, default=lr, help="first rate, as it is used (for AdamW: the paper's number times batch / 512); falls to 0")
     g.add_argument("--weight-decay", type=float, default=weight_decay)
     g.add_argument("--crop", type=positive, default=crop, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=float, default=0.08, help="least share of the picture in a crop")
@@ -103,6 +115,15 @@ def training(p, epochs=60, lr=6.4e-5, weight_decay=0.03, crop=224, randaugment=T
     g.add_argument("--erase", type=float, default=erase, help="probability of random erasing")
     g.add_argument("--log-every", type=positive, default=20, help="steps between two lines of the log")
     g.add_argument("--save-every", type=positive, default=500, help="steps between two states to resume from; one more after each epoch")
+    return g
+
+
+def optimizing(g):
+    """The flags of the stages that train S, in the group of `training`."""
+    g.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="adamw with a cosine (WeakTr, SemPLeS), or sgd with poly 0.9 (CLIMS)")
+    g.add_argument("--head-rate", type=above_zero, default=1.0, help="rate of S's last layers, times --lr (CLIMS: 10)")
+    # From the authors' code, not in the paper: IRN's, and so CLIMS's, optimiser hands the weight decay to SGD as its momentum.
+    g.add_argument("--momentum", type=float, default=0.9, help="SGD's momentum; CLIMS was trained with 1e-4, which makes its rates ten times smaller than with 0.9")
     return g
 
 
@@ -249,6 +270,25 @@ def mean(values, where=None):
         dist.all_reduce(count)
         world = dist.get_world_size()
     return values.sum() * world / count.clamp(min=1)
+
+
+def total(values):
+    """Sum over the values of all ranks, such that DDP's average of gradients is the gradient of that sum. Meter divides by the ranks again."""
+    return values.sum() * (dist.get_world_size() if dist.is_initialized() else 1)
+
+
+def optimizer(groups, args):
+    """AdamW or SGD, as `optimizing` has it."""
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+
+
+def schedule(optimizer, args, steps):
+    """The rates fall to 0 in `steps` steps: poly 0.9 for SGD; a cosine for AdamW, which then starts again."""
+    if args.optimizer == "sgd":
+        return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+    return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, steps)
 
 
 def unwrap(model):

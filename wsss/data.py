@@ -41,6 +41,7 @@ SYNONYMS = {"bird": "bird avian", "chair": "chair seat", "person": "person with 
 VOC_BACKGROUNDS = ("ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house mountain "
                    "ocean road rock street valley bridge sign").split()
 COCO_BACKGROUNDS = [name for name in VOC_BACKGROUNDS if name not in ("keyboard", "sign")]
+CLIMS_BACKGROUNDS = "tree river sea lake water railway railroad track stone rocks".split()
 
 
 # ---------------------------------------------------------------- the folder
@@ -279,6 +280,14 @@ def class_texts(classes, template="a photo of {}.", synonyms=False):
     if template.count("{}") != 1 or set(template.replace("{}", "")) & {"{", "}"}:
         raise ValueError(f"--template {template!r}: a text with one {{}} in it, where the class's name goes")
     return [template.format(SYNONYMS.get(name, name) if synonyms else name) for name in classes]
+
+
+def manual_texts(source="clims", template="a photo of {}."):
+    """Texts of what occurs beside objects, named by hand: of CLIMS's ten backgrounds, or of the names in a file, one a line."""
+    names = CLIMS_BACKGROUNDS if source == "clims" else [line.strip() for line in read_lines(source) if line.strip()]
+    if not names:
+        raise ValueError(f"{source} is empty: write one name a line")
+    return class_texts(names, template)
 
 
 # Differs from the paper: VPL compares a single prompt with an ensemble and names one text of it. CLIP-ES's is that one; the ensemble is its synonyms.

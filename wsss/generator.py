@@ -112,6 +112,7 @@ class DeiT(nn.Module):
     """
 
     trains_when_frozen = ("head.", "adaptive_attention_fusion.")
+    rests = ("norm.",)                                            # never trains: on no path to a map
     maps_are_masks = False                                        # raw maps: the stages min-max them (losses.mask_from_map)
 
     def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=14, reduction=8, pool="max", drop_path=0.1):
@@ -194,19 +195,16 @@ class DeiT(nn.Module):
 
 # ------------------------------------------------------------------------------------------------ ResNet-50 (CLIMS)
 
-class ResNet50(nn.Module):
-    """Stride 16 and a 1x1 classifier. The stages train and use sigmoid(logits), a mask already; the maps for inference are relu(logits)."""
+class Clims(nn.Module):
+    """A 1x1 classifier without bias on a CNN. The stages train and use sigmoid(logits), a mask already; the maps for inference are relu(logits)."""
 
     trains_when_frozen = ("classifier.",)
+    rests = ()
     maps_are_masks = True
 
-    def __init__(self, num_classes):
+    def __init__(self, width, num_classes):
         super().__init__()
-        self.backbone = resnet50()
-        del self.backbone.fc
-        last = self.backbone.layer4[0]                            # strides 2, 2, 2, 1 and no dilation
-        last.conv2.stride = last.downsample[0].stride = (1, 1)
-        self.classifier = nn.Conv2d(2048, num_classes, 1, bias=False)
+        self.classifier = nn.Conv2d(width, num_classes, 1, bias=False)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
@@ -224,10 +222,27 @@ class ResNet50(nn.Module):
 
     def class_logits(self, images):
         """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w)"""
-        net, x = self.backbone, (images - self.mean) / self.std
+        return self.classifier(self.features((images - self.mean) / self.std)).float()
+
+
+class ResNet50(Clims):
+    """CLIMS's generator, at stride 16."""
+
+    # From the authors' code, not in the paper: where the backbone trains, its first convolution and that one's BatchNorm do not.
+    rests = ("backbone.conv1.", "backbone.bn1.")
+
+    def __init__(self, num_classes):
+        super().__init__(2048, num_classes)
+        self.backbone = resnet50()
+        del self.backbone.fc
+        last = self.backbone.layer4[0]                            # strides 2, 2, 2, 1 and no dilation
+        last.conv2.stride = last.downsample[0].stride = (1, 1)
+
+    def features(self, x):
+        """(B, 3, H, W) normalised -> (B, 2048, h, w)"""
+        net = self.backbone
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))
-        x = net.layer4(net.layer3(net.layer2(net.layer1(x))))                         # (B, 2048, h, w)
-        return self.classifier(x).float()
+        return net.layer4(net.layer3(net.layer2(net.layer1(x))))
 
     def load_imagenet(self, state):
         state = {name: value for name, value in state.items() if not name.startswith("fc.")}
@@ -246,6 +261,18 @@ class Residual(nn.Module):
         return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
 
 
+def toy_trunk(width, blocks):
+    """Stride 4: (B, 3, H, W) -> (B, width, h, w)"""
+    return nn.Sequential(
+        nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU(),
+        nn.Conv2d(width // 2, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+        *(Residual(width) for _ in range(blocks)))
+
+
+def load_trunk(trunk, state):
+    trunk.load_state_dict({name.removeprefix("trunk."): value for name, value in state.items()})
+
+
 class ToyCNN(nn.Module):
     """The toy world's S: a small residual CNN at stride 4 and a 3x3 head; map = relu(head), a plain CAM.
 
@@ -253,14 +280,12 @@ class ToyCNN(nn.Module):
     """
 
     trains_when_frozen = ("head.",)
+    rests = ()
     maps_are_masks = False
 
     def __init__(self, num_classes, width=64, blocks=3):
         super().__init__()
-        self.trunk = nn.Sequential(
-            nn.Conv2d(3, width // 2, 3, 2, 1, bias=False), nn.BatchNorm2d(width // 2), nn.ReLU(),
-            nn.Conv2d(width // 2, width, 3, 2, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            *(Residual(width) for _ in range(blocks)))
+        self.trunk = toy_trunk(width, blocks)
         self.head = nn.Conv2d(width, num_classes, 3, padding=1)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
@@ -278,7 +303,21 @@ class ToyCNN(nn.Module):
         return coarse.relu(), (coarse.mean((-2, -1)),)
 
     def load_imagenet(self, state):
-        self.trunk.load_state_dict({name.removeprefix("trunk."): value for name, value in state.items()})
+        load_trunk(self.trunk, state)
+
+
+class ToyClims(Clims):
+    """The toy world's S of CLIMS's kind, on the trunk of ToyCNN."""
+
+    def __init__(self, num_classes, width=64, blocks=3):
+        super().__init__(width, num_classes)
+        self.trunk = toy_trunk(width, blocks)
+
+    def features(self, x):
+        return self.trunk(x)
+
+    def load_imagenet(self, state):
+        load_trunk(self.trunk, state)
 
 
 def keep_statistics(model):
@@ -304,6 +343,8 @@ def build_generator(name, num_classes, pool="max", reduction=8, start=None, drop
         model = ResNet50(num_classes)
     elif name == "cnn_toy":
         model = ToyCNN(num_classes)
+    elif name == "clims_toy":
+        model = ToyClims(num_classes)
     else:
         raise ValueError(f"generator {name}: not one of {', '.join(NAMES)}")
     if start == "imagenet":
@@ -315,7 +356,7 @@ def build_generator(name, num_classes, pool="max", reduction=8, start=None, drop
     return model
 
 
-NAMES = ("deit_small", "resnet50", "cnn_toy", "deit_tiny")
+NAMES = ("deit_small", "resnet50", "cnn_toy", "clims_toy", "deit_tiny")
 
 
 def download_imagenet(name):
@@ -346,10 +387,11 @@ def load_generator(path, pool="max", classes=None, drop_path=0.1):
     if "resnet50.conv1.weight" in state:
         copies, state = len(state), irn_names(state, path)
         around.append(f"{copies - len(state)} copies that agree")
-    if "classifier.weight" in state:
+    if {"trunk.0.weight", "trunk.3.weight"} <= state.keys() and not state.keys().isdisjoint(("head.weight", "classifier.weight")):
+        toy, last, kind = (ToyCNN, "head.weight", "toy CNN") if "head.weight" in state else (ToyClims, "classifier.weight", "toy CNN as in CLIMS")
+        model = toy(len(state[last]), width=len(state["trunk.3.weight"]), blocks=sum(name.endswith("conv1.weight") for name in state))
+    elif "classifier.weight" in state:
         model, kind = ResNet50(num_classes=len(state["classifier.weight"])), "ResNet-50 as in CLIMS"
-    elif {"head.weight", "trunk.0.weight", "trunk.3.weight"} <= state.keys():
-        model, kind = ToyCNN(len(state["head.weight"]), width=len(state["trunk.3.weight"]), blocks=sum(name.endswith("conv1.weight") for name in state)), "toy CNN"
     elif {"head.weight", "pos_embed", "adaptive_attention_fusion.attn_head_ffn.0.weight"} <= state.keys():
         try:
             model = deit_like(state, pool, drop_path)
@@ -474,5 +516,13 @@ def parameters_to_train(generator, train_backbone=False):
     From the authors' code, not in the paper: the ViT is frozen; head and fusion train, 8 tensors, 70,965 numbers for VOC's 20 classes.
     """
     for name, parameter in generator.named_parameters():
-        parameter.requires_grad_((train_backbone and not name.startswith("norm.")) or name.startswith(generator.trains_when_frozen))
+        parameter.requires_grad_((train_backbone and not name.startswith(generator.rests)) or name.startswith(generator.trains_when_frozen))
     return [(name, parameter) for name, parameter in generator.named_parameters() if parameter.requires_grad]
+
+
+def parameter_groups(generator, train_backbone, lr, head_rate):
+    """What trains, for an optimizer: the backbone, often nothing of it, at `lr`, the last layers at head_rate * lr."""
+    trained = parameters_to_train(generator, train_backbone)
+    last = [w for name, w in trained if name.startswith(generator.trains_when_frozen)]
+    backbone = [w for name, w in trained if not name.startswith(generator.trains_when_frozen)]
+    return [{"params": backbone, "lr": lr}, {"params": last, "lr": head_rate * lr}]
