@@ -20,6 +20,7 @@ REFINE="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epo
 THRESHOLD="--threshold 0.4"
 MASKS="--preset deeplab"
 SEGMENTS="--source felzenszwalb --min-area 10"
+VOTE="--power 1"
 SEG="--model deeplab_toy --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8 --iterations 240 --lr 1e-4"
 PREDICT="--scales 1 --batch-size 32 --no-crf"
 LOCALISE="--no-affinity --prompt single --tau-t 0.0665"
@@ -50,7 +51,7 @@ stage eval.py "${shared[@]}" --what pseudo
 # Masks from segments instead of the CRF, as FMA-WSSS makes them of SAM's; superpixels stand in for SAM.
 if "$PYTHON" -c 'import skimage' 2>/dev/null; then
     stage make_segments.py "${shared[@]}" $SEGMENTS
-    stage make_pseudo.py "${shared[@]}" --cam cam_refine --segments "$OUT/segments" --power 1 --pseudo pseudo_segments
+    stage make_pseudo.py "${shared[@]}" --cam cam_refine --segments "$OUT/segments" $VOTE --pseudo pseudo_segments
     stage eval.py "${shared[@]}" --what pseudo --pseudo pseudo_segments
 else
     echo "== no scikit-image here (pip install scikit-image): the masks from segments are left out"

@@ -41,7 +41,6 @@ CLIMS_CLS = f"{CROP} --generator clims_toy --no-train-backbone --epochs 8 --lr 5
 # CLIMS's weights and optimiser. L_refine is to L_match as in run_toy.sh, .2 to 1.
 CLIMS = f"{CROP} --epochs 4 --optimizer sgd --lr 1e-2 --weight-decay 1e-4 --lambda-match 10 --lambda-b 2.4 --lambda-cbs 1 --lambda-reg 0.2".split()
 REFINE = ["--lambda-refine", "2"]
-SUPERPIXELS = ["--source", "felzenszwalb", "--min-area", "20"]
 
 
 def recipe():
@@ -120,8 +119,8 @@ def clims(pair):
 def segments(pair):
     text = pair.root / "text"
     list(cnn(pair))                                                             # its generators, if they are not there yet
-    stage("make_segments.py", *pair.shared(text), *SUPERPIXELS)
-    masks = ["--segments", text / "segments"]
+    stage("make_segments.py", *pair.shared(text), *pair.flags["SEGMENTS"])
+    masks = ["--segments", text / "segments", *pair.flags["VOTE"]]
     yield "text, segments", text, "text", masks, [*pair.clip(), *pair.flags["LOCALISE"]]
     yield "cnn, segments", pair.root / "cnn", "cls", masks
     yield "cnn + SemPLeS, segments", pair.root / "semples", "refine", masks
