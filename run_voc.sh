@@ -5,10 +5,13 @@
 #   VOC=/data/VOC2012 METHOD=vpl GPUS=4 bash run_voc.sh --workers 16       what follows goes to every stage: --limit, --device, --amp, --workers
 #   VOC=/data/VOC2012 LOOK=1 bash run_voc.sh --limit 64                    64 pictures, one epoch or a few steps a stage: does everything run?
 #                                                                        (--limit up to 200: the pictures that train and train_aug both begin with)
-# METHOD  semples (default), vpl, clip_es                     HOST  generator that SemPLeS improves: weaktr, the paper's
+# METHOD  semples (default), vpl, clip_es
+# HOST    what SemPLeS improves (Table 4): weaktr, clims, or fma: weaktr's maps, masks by SAM's segments
+# NET     deeplab (default), segmenter (WeakTr's), mask2former (default for fma); VPL has its own
 # OUT     results, runs/voc, voc_vpl, voc_clip_es, ..._look   SEED, GPUS (more than one: torchrun; --batch-size counts all)
-# INIT    published WeakTr or SemPLeS generator to start from instead of training one
-# CLIP32, CLIP16  files to take for OpenAI's ViT-B/32 and ViT-B/16, START=none  no ImageNet weights: what is otherwise downloaded
+# INIT    published WeakTr, SemPLeS or CLIMS generator to start from instead of training one
+# CLIP32, CLIP16  files to take for OpenAI's ViT-B/32 and ViT-B/16; SAM, SWIN  names or folders of SAM and of Mask2Former's Swin, as transformers has them
+# START=none  no ImageNet weights: what is otherwise downloaded
 
 if [ -z "${VOC:-}" ]; then
     echo "run_voc.sh: no VOC given, so this runs on the toy world. For VOC 2012: download VOCtrainval_11-May-2012.tar (host.robots.ox.ac.uk/pascal/VOC/voc2012)" \
@@ -17,21 +20,39 @@ if [ -z "${VOC:-}" ]; then
 fi
 METHOD=${METHOD:-semples} HOST=${HOST:-weaktr}
 case "$METHOD" in semples | vpl | clip_es) ;; *) echo "run_voc.sh: METHOD=$METHOD: semples, vpl or clip_es" >&2; exit 1 ;; esac
-case "$HOST" in weaktr) ;; *) echo "run_voc.sh: HOST=$HOST: only weaktr" >&2; exit 1 ;; esac
+case "$HOST" in weaktr | clims) NET=${NET:-deeplab} ;; fma) NET=${NET:-mask2former} ;; *) echo "run_voc.sh: HOST=$HOST: weaktr, clims or fma" >&2; exit 1 ;; esac
+case "$NET" in deeplab | segmenter | mask2former) ;; *) echo "run_voc.sh: NET=$NET: deeplab, segmenter or mask2former" >&2; exit 1 ;; esac
+[ "$METHOD" = semples ] || [ "$HOST" = weaktr ] || { echo "run_voc.sh: HOST=$HOST goes with METHOD=semples" >&2; exit 1; }
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 name=voc_$METHOD
+[ "$HOST" = weaktr ] || name=voc_$HOST
 name=${name%_semples}${LOOK:+_look}
 [ "${SEED:-0}" = 0 ] || name=${name}_seed$SEED
 OUT=${OUT:-runs/$name}
 DATA=$VOC START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
-once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} few=${LOOK:+--iterations 2 --batch-size 2 --crop 65}
+once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} small=${LOOK:+--crop 64} points=${LOOK:+--points 2 --crop-layers 0}
 [ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16) more=("$@")
 
 [ -z "${SBD:-}" ] || "$PYTHON" prepare_data.py voc --voc "$VOC" --sbd "$SBD"
 
-if [ "$METHOD" = semples ]; then
+if [ "$METHOD$HOST" = semplesclims ]; then
+    # hardware, time, score: not yet measured (paper: 71.0 of DeepLab on val, 70.4 without SemPLeS).
+    # Where the paper gives nothing: lambda is Eq. 3's, times lambda_match. The threshold is CLIMS's, whose masks are IRNet's, here CRF; its code gives SGD
+    # the weight decay for a momentum. CLIMS alone: make_cam.py --source match.
+    sgd="--optimizer sgd --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --batch-size 16 --crop 512 --min-scale 0.5 --no-randaugment --erase 0"
+    clims="--train-backbone --lambda-match 10 --lambda-b 2.4 --lambda-cbs 1 --lambda-reg 0.2 --tau-cbs 0.26 --background-texts clims --mask-fill mean"
+    stage train_cls.py "${shared[@]}" --split train_aug --generator resnet50 --start "$START" ${INIT:+--init "$INIT"} --train-backbone $sgd --epochs 5 --lr 0.1 $once $small
+    stage train_match.py "${shared[@]}" --split train_aug --clip "$CLIP32" $sgd $clims --epochs 15 --lr 2.5e-4 $once $small
+    stage train_prompt.py "${shared[@]}" --split train_aug --clip "$CLIP32" --batch-size 128 --epochs 60 --lr 0.025 \
+        --weight-decay 0.03 --lambda-t 0.02 --lambda-i 1 --repel one_minus --prompt-length 30 --prompt-init uniform --views 0 \
+        --mask-fill mean --crop 512 --min-scale 0.5 --no-randaugment --erase 0 $once $small
+    stage train_refine.py "${shared[@]}" --split train_aug --clip "$CLIP32" $sgd $clims --epochs 15 --lr 2.5e-4 --lambda-refine 0.5 --scheme sequential $once $small
+    stage make_cam.py "${shared[@]}" --split train_aug --source refine --scales 1.0 0.5 1.5 2.0 --flip
+    stage eval.py "${shared[@]}" --split train --what cam --background constant --threshold 0.15
+    stage make_pseudo.py "${shared[@]}" --split train_aug --background constant --threshold 0.15 --crf --preset irn --iterations 10 --ignore-below 0
+elif [ "$METHOD" = semples ]; then
     # hardware, time, score: not yet measured (paper: V100s; mIoU 68.7 of the maps and 78.4 of the masks on train, 73.9 of DeepLab on val)
     stage train_cls.py "${shared[@]}" --split train_aug --generator deit_small --start "$START" ${INIT:+--init "$INIT"} --pool max \
         --reduction 8 --train-backbone --batch-size 64 --epochs 60 --lr 7.5e-5 --weight-decay 0.03 --warmup 5 --warmup-lr 1e-6 \
@@ -46,7 +67,13 @@ if [ "$METHOD" = semples ]; then
         --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
     stage make_cam.py "${shared[@]}" --split train_aug --source refine --pool max --scales 1.0 1.2 --flip
     stage eval.py "${shared[@]}" --split train --what cam --background constant --threshold 0.43
-    stage make_pseudo.py "${shared[@]}" --split train_aug --background constant --threshold 0.43 --crf --preset weaktr --iterations 10 --ignore-below 0
+    if [ "$HOST" = fma ]; then
+        stage make_segments.py "${shared[@]}" --split train_aug --source sam --sam "${SAM:-facebook/sam-vit-huge}" --points 32 --crop-layers 1 --pred-iou 0.86 \
+            --stability 0.92 --nms 0.7 --min-area 100 --whole-bonus 0.1 --whole-first --covered 0.3 --amp off $points
+        stage make_pseudo.py "${shared[@]}" --split train_aug --segments "$OUT/segments" --vote sams --power 0.6
+    else
+        stage make_pseudo.py "${shared[@]}" --split train_aug --background constant --threshold 0.43 --crf --preset weaktr --iterations 10 --ignore-below 0
+    fi
 else
     # hardware, time, score: not yet measured (paper: eight 4090s; mIoU on train 70.8 of CLIP-ES's maps and 75.0 of its masks, 76.3 and 78.4 of VPL's)
     by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.4 --max-side 640"
@@ -65,6 +92,14 @@ if [ "$METHOD" = vpl ]; then
     # score: not yet measured (paper: 78.5 on val). The rate and the crop are not the paper's, which gives none.
     stage train_seg.py "${shared[@]}" --split train_aug --model clip_decoder --clip "$CLIP16" --init none --batch-size 6 --iterations 30000 \
         --optimizer sgd --lr 0.01 --weight-decay 1e-4 --crop 320 --min-scale 0.5 --max-scale 1.5 --width 256 --lambda-ce 1 --lambda-rsc 1 --tau-rsc 0.07 $few
+elif [ "$NET" = segmenter ]; then
+    # score: not yet measured (SemPLeS Table 4: 74.2 on val with WeakTr as host). Steps are 100 epochs, as in WeakTr's code.
+    stage train_seg.py "${shared[@]}" --split train_aug --model segmenter_deit_small --init "$START" --batch-size 4 --iterations 264500 \
+        --optimizer sgd --lr 1e-4 --weight-decay 0 --crop 480 --min-scale 0.5 --max-scale 2 --clamp-start 1.2 --clamp-tile 120 $few
+elif [ "$NET" = mask2former ]; then
+    # score: not yet measured (SemPLeS Tables 2, 4: 83.4 on val with FMA-WSSS as host)
+    stage train_seg.py "${shared[@]}" --split train_aug --model mask2former_swin_large --init "${SWIN:-$START}" --batch-size 4 --iterations 80000 \
+        --optimizer adamw --lr 1e-4 --weight-decay 0.05 --crop 512 --min-scale 0.5 --max-scale 2 $few
 else
     # score: not yet measured (SemPLeS Table 2: 73.9 of SemPLeS, 71.1 of CLIP-ES on val)
     stage train_seg.py "${shared[@]}" --split train_aug --model deeplabv2_resnet101 --init "$START" --batch-size 10 --iterations 20000 \

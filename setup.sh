@@ -3,10 +3,10 @@
 
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16; do             # paths are those of the caller's folder
+for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16 SAM SWIN; do             # paths are those of the caller's folder
     case $name:${!name:-} in
         *: | *:/*) ;;
-        INIT:* | START:* | CLIP*) [ ! -e "${!name}" ] || [ "$PWD" = "$home" ] || printf -v "$name" %s "$PWD/${!name}" ;;
+        INIT:* | START:* | CLIP* | SAM:* | SWIN:*) [ ! -e "${!name}" ] || [ "$PWD" = "$home" ] || printf -v "$name" %s "$PWD/${!name}" ;;
         *) [ "$PWD" = "$home" ] || printf -v "$name" %s "$PWD/${!name}" ;;
     esac
 done

@@ -42,7 +42,7 @@ def shell(tmp_path):
     def bash(script, *flags, where=tmp_path, **variables):
         record = tmp_path / "record"
         record.unlink(missing_ok=True)
-        known = ("VOC", "SBD", "COCO", "DATA", "OUT", "METHOD", "HOST", "INIT", "START", "LOOK", "GPUS", "SEED", "CLIP32", "CLIP16")
+        known = ("VOC", "SBD", "COCO", "DATA", "OUT", "METHOD", "HOST", "INIT", "START", "LOOK", "GPUS", "SEED", "CLIP32", "CLIP16", "NET", "SAM", "SWIN")
         env = {**{k: v for k, v in os.environ.items() if k not in known}, "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "RECORD": str(record)}
         done = subprocess.run(["bash", tmp_path / script, *flags], env={**env, **{k: str(v) for k, v in variables.items()}},
                               cwd=where, capture_output=True, text=True, timeout=60)
@@ -77,7 +77,9 @@ def test_without_voc_one_line_says_so_and_the_toy_world_runs(shell):
     ("run_coco.sh", {}, ["no COCO given", "train2014.zip", "COCO="]),
     ("run_voc.sh", {"VOC": "x", "METHOD": "clipes"}, ["METHOD=clipes", "semples, vpl or clip_es"]),
     ("run_coco.sh", {"COCO": "x", "METHOD": "clipes"}, ["METHOD=clipes", "semples, vpl or clip_es"]),
-    ("run_voc.sh", {"VOC": "x", "HOST": "resnet"}, ["HOST=resnet", "weaktr"]),
+    ("run_voc.sh", {"VOC": "x", "HOST": "resnet"}, ["HOST=resnet", "weaktr, clims or fma"]),
+    ("run_voc.sh", {"VOC": "x", "NET": "unet"}, ["NET=unet", "deeplab, segmenter or mask2former"]),
+    ("run_voc.sh", {"VOC": "x", "HOST": "clims", "METHOD": "vpl"}, ["HOST=clims", "METHOD=semples"]),
     ("run_coco.sh", {"COCO": "x", "HOST": "resnet"}, ["HOST=resnet", "weaktr"])])
 def test_what_is_refused(shell, script, variables, words):
     done, lines = shell(script, **variables)
@@ -126,6 +128,28 @@ def test_coco_is_voc_but_for_the_papers_numbers(shell, monkeypatch):
         for words in lines:
             given = parse(words, monkeypatch)
             assert str(given["data"]) == "data/coco" and given["split"] == ("val" if given.get("what") == "seg" else "train")
+
+
+@pytest.mark.parametrize("script,variable,power", [("run_voc.sh", "VOC", 0.6), ("run_coco.sh", "COCO", 1.0)])
+def test_the_other_hosts_and_networks(shell, monkeypatch, tmp_path, script, variable, power):
+    """Table 4: CLIMS's losses and optimiser; SAM's segments and Mask2Former. What a host and a network do not name is a default."""
+    (tmp_path / "JPEGImages").mkdir()
+    stages = lambda **more: {tuple(words[:1] + [w for w in words if w in ("cam", "pseudo", "seg")]): parse(words, monkeypatch)
+                             for words in shell(script, **{variable: tmp_path, **more})[1]}
+    plain, clims, fma = stages(), stages(HOST="clims"), stages(HOST="fma", SAM="sam-folder", SWIN="swin-folder")
+    assert list(clims) == list(plain) and [key for key in fma if key not in plain] == [("make_segments.py",)]
+    voc = script == "run_voc.sh"
+    for name in ("train_match.py", "train_refine.py"):
+        given = clims[(name,)]
+        assert [given[k] for k in ("lambda_match", "lambda_b", "lambda_cbs", "lambda_reg", "tau_cbs")] == ([10, 2.4, 1, 0.2, 0.26] if voc else [2, 7, 1.25, 0.2, 0.285])
+        assert (given["optimizer"], given["lr"], given["head_rate"], given["epochs"], given["batch_size"], given["crop"], given["train_backbone"]) == ("sgd", 2.5e-4, 10, 15, 16, 512, True)
+    assert clims[("train_cls.py",)]["generator"] == "resnet50" and clims[("train_refine.py",)]["lambda_refine"] == pytest.approx(0.05 * 10 if voc else 0.2 * 2)
+    segments, masks, network = fma[("make_segments.py",)], fma[("make_pseudo.py",)], fma[("train_seg.py",)]
+    assert (segments["sam"], segments["points"], segments["pred_iou"], segments["stability"], segments["crop_layers"], segments["nms"]) == ("sam-folder", 32, 0.86, 0.92, 1, 0.7)
+    assert (masks["vote"], masks["power"], masks["crf"], masks["segments"].name) == ("sams", power, False, "segments")
+    assert (network["model"], network["init"], network["batch_size"], network["iterations"], network["crop"]) == ("mask2former_swin_large", "swin-folder", 4, 80_000, 512)
+    network = stages(NET="segmenter")[("train_seg.py",)]
+    assert (network["model"], network["crop"], network["lr"], network["iterations"]) == ("segmenter_deit_small", 480, 1e-4, (10_582 if voc else 82_081) // 4 * 100)
 
 
 @pytest.mark.parametrize("script,variable", [("run_voc.sh", "VOC"), ("run_coco.sh", "COCO")])
