@@ -460,11 +460,15 @@ def open_folder(folder, args, env, free, keep=False, **facts):
     """Claims a folder of many files for one recipe: what lies there must be of the same arguments, those in `free` left aside, and `facts`.
 
     The note that says so, recipe.json, is written before the first file. <folder>.json, which stands for a finished folder, goes.
-    --no-resume empties the folder; with `keep`, for what several stages use, only if it is of another recipe."""
-    note, same = folder / "recipe.json", True
+    --no-resume empties the folder; with `keep`, for what several stages use, only if it is of another recipe. What another script made, or somebody
+    put there, is never touched."""
+    note, same, script = folder / "recipe.json", True, Path(sys.argv[0]).name
+    made = [path for ending in ("npy", "npz", "png", "pt") for path in folder.glob(f"*.{ending}")]
+    before = read_json(note) if note.exists() else {"script": "another program" if made else script}
+    if before["script"] != script and not keep:
+        raise ValueError(f"{folder} holds what {before['script']} made: {script} writes to a folder of its own, give another name or --out")
     if note.exists():
         try:
-            before = read_json(note)
             same_recipe(folder, before["args"], args, free)
             for name, now in facts.items():
                 if before.get(name) != now:
@@ -477,12 +481,12 @@ def open_folder(folder, args, env, free, keep=False, **facts):
     if env.main:
         folder.mkdir(parents=True, exist_ok=True)
         if not args.resume and not (keep and same):
-            for path in [path for ending in ("npy", "npz", "png", "pt") for path in folder.glob(f"*.{ending}")]:
-                path.unlink()
+            for path in made:
+                path.unlink(missing_ok=True)
         folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
         decides = {k: v for k, v in recipe(args).items() if k not in free}
         digest = hashlib.sha256(json.dumps([decides, facts], sort_keys=True).encode()).hexdigest()[:16]
-        save_json(note, {"args": plain(args), **facts, "fingerprint": digest})
+        save_json(note, {"script": script, "args": plain(args), **facts, "fingerprint": digest})
     env.barrier()
 
 
