@@ -4,4 +4,6 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 if [ "$("$PYTHON" -c "import sys; print(sys.prefix)")" = "$PWD/.venv" ] && ! cmp -s tests/requirements.txt .venv/complete-tests; then
     "$PYTHON" -m pip install --quiet -r tests/requirements.txt && cp tests/requirements.txt .venv/complete-tests
 fi
-exec "$PYTHON" -m pytest tests -q --durations=10 "$@"
+parallel=()
+if "$PYTHON" -c 'import xdist' 2>/dev/null; then parallel=(-n 2 --dist worksteal); fi             # one thread a process: two of them take half the time
+exec "$PYTHON" -m pytest tests -q --durations=10 ${parallel[@]+"${parallel[@]}"} "$@"
