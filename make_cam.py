@@ -36,7 +36,7 @@ def parse():
     p.add_argument("--source", choices=["cls", "match", "refine", "text", "vision"], default="refine",
                    help="stage whose generator makes the maps; text: CLIP-ES; vision: VPL's prototypes")
     p.add_argument("--init", help="generator to take instead of <out>/<source>.pt: a published checkpoint or one of ours")
-    p.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of S's attention fusion (max: VOC, avg: COCO)")
+    p.add_argument("--pool", choices=["max", "avg"], help="pooling of S's attention fusion; left out: what the file of S says, else max (max: VOC, avg: COCO)")
     p.add_argument("--scales", type=float, nargs="+", help="sizes of the picture to add maps over (default: 1.0 1.2 for S, 1.0 for CLIP)")
     p.add_argument("--flip", action=argparse.BooleanOptionalAction, help="add the maps of the mirrored picture (default: for S)")
     p.add_argument("--stride", type=common.positive, default=1, help="store maps at 1/STRIDE of the picture's size: 4 takes 1/16 of the disk")
@@ -103,6 +103,7 @@ def open_generator(args, folder, env):
     if not args.init:
         common.load(path, args.source, folder.classes)
     S = generator.load_generator(path, args.pool, folder.classes).to(env.device).eval()
+    args.pool = S.pool
     return lambda images, b, k, ids: S.maps(images)[b, k], common.fingerprint(path)
 
 
@@ -206,7 +207,7 @@ def main():
     args.inputs = common.inputs(clip=args.clip) if args.source in GRADCAM else {}
     maps, weights = (open_clip if args.source in GRADCAM else open_generator)(args, folder, env)
 
-    unused = {"vision": ("prompt", "template", "tau_t"), "text": ("tau_i",)}.get(args.source, ())
+    unused = {"vision": ("prompt", "template", "tau_t", "pool"), "text": ("tau_i", "pool")}.get(args.source, ())
     common.open_folder(args.out / args.cam, args, env, FREE + unused, weights=weights, classes=folder.classes)
     for name in ["sheets"] + ([f"{args.cam}_{args.format}"] if args.format else []):
         (args.out / name).mkdir(exist_ok=True)

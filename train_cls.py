@@ -24,7 +24,7 @@ def parse():
     p = common.parser(__doc__, batch_size=64)
     p.add_argument("--generator", choices=list(generator.NAMES), default="deit_small", help="architecture of S")
     p.add_argument("--start", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file")
-    p.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of attention fusion (max: VOC, avg: COCO)")
+    p.add_argument("--pool", choices=["max", "avg"], help="pooling of attention fusion; left out: what the file of --init says, else max (max: VOC, avg: COCO)")
     p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
     p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS, IRN) to take as cls.pt instead of training one")
@@ -40,7 +40,7 @@ def build(args, classes):
     if args.init:
         return generator.load_generator(args.init, args.pool, classes)
     start = None if args.start == "none" else args.start
-    return generator.build_generator(args.generator, len(classes), args.pool, args.reduction, start, args.drop_path)
+    return generator.build_generator(args.generator, len(classes), args.pool or "max", args.reduction, start, args.drop_path)
 
 
 def warmup_cosine(optimizer, args, steps):
@@ -60,9 +60,10 @@ def main():
         return env.close(f"{out} is finished")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
-    finish = dict(stage="cls", classes=folder.classes, args=common.plain(args))
 
     model = env.in_turn(lambda: build(args, folder.classes)).to(env.device)
+    args.pool = model.pool
+    finish = dict(stage="cls", classes=folder.classes, args=common.plain(args))
     if args.init:
         if env.main:
             common.save(out, model=model.state_dict(), **finish)

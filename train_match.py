@@ -61,6 +61,7 @@ def main():
     if not args.init:
         common.load(start, "cls", folder.classes)
     model = generator.load_generator(start, args.pool, folder.classes, args.drop_path).to(env.device)
+    args.pool = model.pool
 
     optimizer = common.optimizer(generator.parameter_groups(model, args.train_backbone, args.lr, args.head_rate), args)
     samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)

@@ -100,6 +100,7 @@ def main():
     if not args.init:
         common.load(start, "match", folder.classes)
     S = generator.load_generator(start, args.pool, folder.classes).to(env.device).eval().requires_grad_(False)
+    args.pool = S.pool
     common.seed_all(args.seed)                                                          # the same prompts on every process
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 

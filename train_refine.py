@@ -99,6 +99,7 @@ def main():
     model = torch.nn.ModuleDict({
         "S": generator.load_generator(start, args.pool, folder.classes, args.drop_path).to(env.device),
         "prompts": load_prompts(args, clip, folder.classes)})
+    args.pool = model["S"].pool
     groups = generator.parameter_groups(model["S"], args.train_backbone, args.lr, args.head_rate)
     phases = {"sequential": ["refine"], "alternate": ["refine"] + ["prompt", "refine"] * (args.rounds - 1), "joint": ["joint"]}[args.scheme]
     total = args.epochs * len(phases)

@@ -24,7 +24,7 @@ CLASSES = ["train", "boat", "cow"]
 LABELS = {"a_1": [0], "a_2": [1, 2], "a_3": [], "a_4": [0, 2], "a_5": [1]}
 
 
-def make_folder(root, labels=LABELS, size=(30, 40), seed=0):
+def make_folder(root, labels=LABELS, size=(30, 40), seed=0, classes=CLASSES):
     """Pictures of noise, masks of one rectangle a class with a 255 border, lists `train` (all) and `val` (the first two)."""
     rng = np.random.default_rng(seed)
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
@@ -37,8 +37,8 @@ def make_folder(root, labels=LABELS, size=(30, 40), seed=0):
             mask[4:h - 4, 3 + 18 * i:16 + 18 * i] = 255
             mask[5:h - 5, 4 + 18 * i:15 + 18 * i] = k + 1
         data.save_mask(root / "SegmentationClass" / f"{id}.png", mask)
-    (root / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES))
-    (root / "labels.txt").write_text("".join(" ".join([id, *(CLASSES[k] for k in present)]) + "\n" for id, present in labels.items()))
+    (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
+    (root / "labels.txt").write_text("".join(" ".join([id, *(classes[k].replace(" ", "_") for k in present)]) + "\n" for id, present in labels.items()))
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(labels))              # no last newline, as one published copy
     (root / "ImageSets/Segmentation/val.txt").write_text("".join(f"{id}\n" for id in list(labels)[:2]))
     return root

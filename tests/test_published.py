@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import LABELS, call, make_folder, refused, weights
+from conftest import LABELS, call, make_folder, refused, same, weights
 from test_generator import published
 from torchvision.models import resnet50, resnet101
 
-from wsss import clip_model, data, generator, segmenter
+from wsss import clip_model, common, data, generator, segmenter
 
 SHARED = ["--device", "cpu", "--amp", "off", "--workers", "0"]
 TRAIN = [*SHARED, "--split", "train", "--limit", "2", "--epochs", "1", "--batch-size", "2", "--crop", "32"]
@@ -151,6 +151,96 @@ def test_a_coco_generator_of_90_ids_maps_the_80_in_use(tmp_path):
     assert torch.equal(generator.load_generator(own, classes=data.COCO_CLASSES).eval().maps(images), maps80)         # and of our own file after training it
     with pytest.raises(ValueError, match="coco.pth: maps 90 classes, the data folder has 20"):
         generator.load_generator(path, classes=data.VOC_CLASSES)
+    with pytest.raises(ValueError, match="coco.pth: maps 90 classes, the data folder has 80, not named as COCO's"):
+        generator.load_generator(path, "avg", [f"my{n}" for n in range(80)])
+    with pytest.raises(ValueError, match="coco.pth: of COCO's 90 ids, .*give --pool avg"):
+        generator.load_generator(path, classes=data.COCO_CLASSES)
+
+
+def coco(root):
+    """A tiny folder under COCO's names in root/data, a generator of 90 ids in root/coco.pth."""
+    make_folder(root / "data", {"a_1": [0], "a_2": [11, 79], "a_3": [], "a_4": [0, 12]}, size=(24, 24), classes=data.COCO_CLASSES)
+    return save(root / "coco.pth", {"model": tiny(90), "epoch": 1})
+
+
+def coco_match(root, out, clip, *more):
+    return ["train_match.py", "--data", root / "data", *SHARED, "--split", "train", "--out", root / out, "--clip", clip, "--epochs", "2", "--batch-size", "2",
+            "--crop", "24", "--lr", "1e-2", "--drop-path", "0", *more]
+
+
+def test_a_coco_generator_through_the_stages(tmp_path, tiny_clip):
+    """90 rows travel; 80 are trained, resumed and mapped: rows of the gaps stay as they were published. (Two processes: test_semples.py.)"""
+    init, state = coco(tmp_path), tiny(90)
+    base = ["--data", tmp_path / "data", *SHARED, "--split", "train"]
+    refused(call("train_cls.py", *base, "--out", tmp_path / "one", "--init", init), "give --pool avg")
+    assert call("train_cls.py", *base, "--out", tmp_path / "one", "--init", init, "--pool", "avg").returncode == 0
+    assert all(torch.equal(value, state[name]) for name, value in weights(tmp_path / "one/cls.pt").items())
+    (tmp_path / "torn").mkdir()
+    (tmp_path / "torn/cls.pt").symlink_to(tmp_path / "one/cls.pt")
+    assert call(*coco_match(tmp_path, "one", tiny_clip)).returncode == 0
+    trained = weights(tmp_path / "one/match.pt")
+    assert len(trained["head.weight"]) == 90 and torch.load(tmp_path / "one/match.pt", weights_only=True)["args"]["pool"] == "avg"
+    gaps, used = sorted(id - 1 for id in GAPS), sorted(id - 1 for id in set(range(1, 91)) - GAPS)
+    moved = (trained["head.bias"] - state["head.bias"]).abs()
+    assert moved[[0, 12, 89]].min() > 1e-4 and moved[used].max() > 10 * moved[gaps].max()       # a gap's weights decay, no more
+
+    saves, save_state = [], common.save_state
+
+    def killed(*args):
+        save_state(*args)
+        saves.append(args)
+        if len(saves) == 1:
+            raise KeyboardInterrupt
+    common.save_state = killed
+    try:
+        assert call(*coco_match(tmp_path, "torn", tiny_clip)).returncode == 130
+        assert call(*coco_match(tmp_path, "torn", tiny_clip)).returncode == 0
+    finally:
+        common.save_state = save_state
+    assert len(saves) == 2 and same(weights(tmp_path / "torn/match.pt"), trained)
+    assert call("make_cam.py", *base, "--out", tmp_path / "one", "--source", "match", "--scales", "1", "--no-flip", "--sheets", "0").returncode == 0
+    model = generator.DeiT(90, pool="avg", **generator.TINY).eval()
+    model.load_state_dict(trained)
+    with torch.no_grad():
+        maps = model.maps(data.Folder(tmp_path / "data").image("a_2")[None])[:, [12, 89]]                     # stop sign and toothbrush by id
+    maps = F.interpolate(maps, (28, 24), mode="bilinear")[0]
+    low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
+    assert np.abs(np.load(tmp_path / "one/cam/a_2.npy") - ((maps - low) / (high - low + 1e-8)).numpy()).max() < 2e-3
+
+
+# ---------------------------------------------------------------- pooling
+
+def test_pooling_goes_with_the_file(voc, tmp_path, tiny_clip):
+    """avg, said once, is what later stages train and map with, and what they save; another one is refused."""
+    out = tmp_path / "out"
+    done = call("train_cls.py", "--data", voc, "--out", out, *TRAIN, "--generator", "deit_tiny", "--start", "none", "--pool", "avg")
+    assert done.returncode == 0, done.stderr
+    stages = (("train_match.py", "match", []), ("train_prompt.py", "prompts", ["--prompt-length", "4"]), ("train_refine.py", "refine", []))
+    for script, stage, more in stages:
+        line = [script, "--data", voc, "--out", out, *TRAIN, "--clip", tiny_clip, *more]
+        refused(call(*line, "--pool", "max"), "trained with --pool avg: leave --pool max out")
+        assert call(*line).returncode == 0
+        assert torch.load(out / f"{stage}.pt", weights_only=True)["args"]["pool"] == "avg"
+        for pool in ([], ["--pool", "avg"]):
+            assert "is finished" in call(*line, *pool).stdout
+        refused(call(*line, "--pool", "max"), "--pool avg (now max)")
+    assert generator.load_generator(out / "refine.pt").pool == "avg"
+    cam = ["make_cam.py", "--data", voc, "--out", out, *SHARED, "--split", "train", "--sheets", "0"]
+    refused(call(*cam, "--pool", "max"), "refine.pt: trained with --pool avg")
+    assert call(*cam).returncode == 0 and json.loads((out / "cam/recipe.json").read_text())["args"]["pool"] == "avg"
+    note = (out / "cam/recipe.json").read_text()
+    assert call(*cam, "--pool", "avg").returncode == 0 and json.loads((out / "cam/recipe.json").read_text())["fingerprint"] == json.loads(note)["fingerprint"]
+
+
+def test_pooling_of_a_published_file_is_asked_for(voc, tmp_path):
+    path = save(tmp_path / "weaktr.pth", {"model": tiny()})
+    assert generator.load_generator(path).pool == "max" and generator.load_generator(path, "avg").pool == "avg"
+    line = ["train_cls.py", "--data", voc, "--out", tmp_path / "out", *TRAIN, "--init", path]
+    assert call(*line, "--pool", "avg").returncode == 0 and generator.load_generator(tmp_path / "out/cls.pt").pool == "avg"
+    refused(call(*line, "--pool", "max"), "--pool avg (now max)")
+    line = ["train_cls.py", "--data", voc, "--out", tmp_path / "cnn", *TRAIN, "--generator", "cnn_toy", "--start", "none"]       # it fuses nothing
+    assert call(*line).returncode == 0 and "is finished" in call(*line, "--pool", "max").stdout
+    assert generator.load_generator(tmp_path / "cnn/cls.pt", "max").pool is None
 
 
 # ---------------------------------------------------------------- CLIMS, IRN
@@ -243,7 +333,7 @@ def test_clip_files(patch, grid, tmp_path, capsys):
     loaded = clip_model.load_clip(path, vit=True)
     assert loaded.size == 224 and loaded.model.visual.positional_embedding.shape[0] == 1 + grid ** 2
     assert all(value.dtype == torch.float32 and torch.equal(value, half[name].float()) for name, value in loaded.model.state_dict().items())
-    assert f"{path}: CLIP, a state dict, ViT of {patch} px patches, 224 px, float16\n" == capsys.readouterr().out
+    assert f"{path}: CLIP, a state dict, QuickGELU assumed, as OpenAI's, ViT of {patch} px patches, 224 px, float16\n" == capsys.readouterr().out
     path = save(tmp_path / "epoch_3.pt", {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}})
     assert torch.equal(clip_model.load_clip(path).model.visual.proj, model.visual.proj)
     assert "left out: 'state_dict' around it" in capsys.readouterr().out
@@ -288,6 +378,33 @@ def test_wrong_generators_are_refused_by_name(tmp_path, monkeypatch):
     assert not (tmp_path / "bombed").exists()
     with pytest.raises(ValueError, match="gen.pth does not fit this network: it has 3 class tokens: a generator"):
         generator.build_generator("deit_tiny", 3, start=save(tmp_path / "gen.pth", {"model": state}))
+
+
+@pytest.mark.parametrize("name", ["head.weight", "pos_embed", "cls_token", "patch_embed.proj.weight", "adaptive_attention_fusion.attn_head_ffn.0.weight", "blocks.0.norm1.weight"])
+def test_tensors_of_no_or_one_side_are_refused(tmp_path, name):
+    for value in (torch.tensor(1.0), torch.ones(5)):
+        with pytest.raises(ValueError, match="odd.pth: its tensors make no|odd.pth does not fit") as error:
+            generator.load_generator(save(tmp_path / "odd.pth", {**tiny(), name: value}))
+        assert "\n" not in str(error.value)
+        with pytest.raises(ValueError, match="odd.pth does not fit"):
+            generator.build_generator("deit_tiny", 3, start=save(tmp_path / "odd.pth", {"cls_token": torch.ones(1, 1, 64), name: value}))
+    with pytest.raises(ValueError, match="odd.pth: its tensors make no"):
+        generator.load_generator(save(tmp_path / "odd.pth", {"classifier.weight": torch.tensor(1.0)}))
+    with pytest.raises(ValueError, match="odd.pth does not fit"):
+        generator.load_generator(save(tmp_path / "odd.pth", {**tiny(), "blocks.999999999.norm1.weight": torch.ones(5)}))
+
+
+@pytest.mark.parametrize("read", [generator.read, segmenter.read, clip_model.open_file], ids=["generator", "segmenter", "clip"])
+def test_what_torch_did_not_write_is_said_in_our_words(read, tmp_path):
+    whole = io.BytesIO()
+    torch.save({"a": torch.ones(300)}, whole)
+    for content in (b"hello, world", b"", b"<!DOCTYPE html>", whole.getvalue()[:700], b"PK\x03\x04" + bytes(50), pickle.dumps([1, 2])[:-2]):
+        (tmp_path / "junk.pth").write_bytes(content)
+        with pytest.raises(ValueError, match="junk.pth: .*torn, or torch did not write it") as error:
+            read(tmp_path / "junk.pth")
+        assert "weights_only" not in str(error.value) and "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="asks for posix.mkdir"):
+        read(save(tmp_path / "junk.pth", {"a": Bomb()}))
 
 
 def test_a_refused_file_leaves_nothing_behind(voc, tmp_path, tiny_clip):

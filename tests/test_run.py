@@ -61,6 +61,8 @@ def differences(words, monkeypatch):
     """{flag: value} of a line where it is not the script's own default; what tells eval.py, make_cam.py and train_seg.py their job is kept."""
     job = [word for flag in ("--what", "--source", "--model") if flag in words for word in (flag, words[words.index(flag) + 1])]
     given, own = parse(words, monkeypatch), parse([words[0], "--data", "x", "--out", "x", *job], monkeypatch)
+    for values in (given, own):
+        values |= {"pool": values["pool"] or "max"} if "pool" in values else {}          # left out, it is the file's, else max
     return {flag: value for flag, value in given.items() if value != own[flag] and flag not in ("data", "out", "split")}
 
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, LABELS, call, make_folder, refused, rows, run_together, same, weights
+from test_published import coco, coco_match
 
 from wsss import clip_model, common, data, generator, losses
 
@@ -240,13 +241,17 @@ def test_other_inputs_are_another_recipe(world, tmp_path, tiny_clip):
 
 # ---------------------------------------------------------------- two processes
 
-def test_two_processes_are_one(world, tmp_path):
+def test_two_processes_are_one(world, tmp_path, tiny_clip):
     """Five pictures with 0 to 2 classes in batches of 2: the two ranks hold unequal numbers of pairs, one often none."""
     out = copy_inputs(world, tmp_path / "out", "match")
     jobs = [("train_cls.py", *flags("train_cls.py", world, tmp_path / "first"))]
     jobs += [(script, *flags(script, world, out)) for script in LATER]
     jobs.append(("make_cam.py", "--data", world / "data", "--out", out, *SHARED))
+    start = ["--init", coco(tmp_path / "coco"), "--pool", "avg"]
+    jobs.append(coco_match(tmp_path / "coco", "two", tiny_clip, *start))
     run_together(jobs, tmp_path)
+    assert call(*coco_match(tmp_path / "coco", "one", tiny_clip, *start)).returncode == 0
+    assert same(weights(tmp_path / "coco/two/match.pt"), weights(tmp_path / "coco/one/match.pt"), 1e-4)
     for stage in STAGES.values():
         name = f"{'first' if stage == 'cls' else 'out'}/{stage}"
         assert same(weights(tmp_path / f"{name}.pt"), weights(world / f"{name}.pt"), 1e-5), stage

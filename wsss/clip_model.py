@@ -80,10 +80,11 @@ def open_file(path):
                              "or, where you trust it, torch.save(torch.jit.load(FILE).state_dict(), 'clip.pt')")
         return torch.jit.load(path, map_location="cpu").state_dict(), f"OpenAI's {PUBLISHED[digest]} by SHA-256"
     try:
-        return torch.load(path, map_location="cpu", weights_only=True), "a state dict"
+        # open_clip's files have the same names, also of its models with plain GELU: which it is no file says.
+        return torch.load(path, map_location="cpu", weights_only=True), "a state dict, QuickGELU assumed, as OpenAI's"
     except Exception as error:                                    # zip, pickle and torch each raise their own for a foreign file
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"it asks for {asked[1]}" if asked else str(error) if isinstance(error, OSError) else "it is torn, or torch did not write it"
         raise ValueError(f"{path}: neither a state dict nor one of OpenAI's archives ({reason})") from None
 
 

@@ -69,7 +69,7 @@ def matching(p, mask_eps=0.1):
     g = p.add_argument_group("CLIP and masks")
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
     g.add_argument("--template", default="a photo of {}.", help="text of a class")
-    g.add_argument("--pool", choices=["max", "avg"], default="max", help="pooling of S's attention fusion (max: VOC, avg: COCO)")
+    g.add_argument("--pool", choices=["max", "avg"], help="pooling of S's attention fusion; left out: what the file of S says, else max (max: VOC, avg: COCO)")
     g.add_argument("--mask-eps", type=float, default=mask_eps, help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
                    help="what a removed pixel becomes: mean colour, black, or the mean colour under ImageNet's statistics (authors' code)")
@@ -451,6 +451,8 @@ def same_recipe(path, before, args, free=()):
     changed = [k for k in new if new[k] and old.get(k) and new[k] != old[k]]
     if changed:
         raise ValueError(f"{path} was made from another {changed[0]} file than is there now: take another --out, or --no-resume to replace it")
+    if None in (before.get("pool"), now.get("pool")):           # left out now: what the file of S says; None before: an S without
+        free = (*free, "pool")
     other = [f"--{k.replace('_', '-')} {before.get(k)} (now {now.get(k)})" for k in {**before, **now} if k not in free and before.get(k) != now.get(k)]
     if other:
         raise ValueError(f"{path} was made with {', '.join(other)}: take another --out, or --no-resume to replace it")

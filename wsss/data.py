@@ -11,8 +11,10 @@ Nothing is read outside the folder, no file runs code, and every refusal names t
 import contextlib
 import errno
 import io
+import math
 import os
 import pickle
+import re
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
 from pathlib import Path
@@ -227,37 +229,6 @@ def read_xml(path, classes):
     return sorted(classes.index(name) for name in names)
 
 
-class Restricted(pickle.Unpickler):
-    """Reads other projects' pickled .npy: numpy arrays, IRN's tensors and plain values; anything that could run code is refused."""
-    allowed = {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"), ("torch._utils", "_rebuild_tensor_v2"), ("collections", "OrderedDict")}
-    allowed |= {(f"numpy.{core}.{module}", name) for core in ("core", "_core")
-                for module, name in (("multiarray", "_reconstruct"), ("multiarray", "scalar"), ("numeric", "_frombuffer"))}
-
-    def find_class(self, module, name):
-        if (module, name) == ("torch.storage", "_load_from_bytes"):        # torch's own is an unpickler that runs anything
-            return plain_storage
-        if (module, name) not in self.allowed:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def plain_storage(content):
-    return torch.load(io.BytesIO(content), weights_only=True)
-
-
-def read_pickled(path):
-    """What another project's pickled .npy holds; None of a plain array."""
-    with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
-        if not dtype.hasobject:
-            return None
-        if shape:
-            raise ValueError(f"it holds {shape} objects, not one dict")
-        return Restricted(file).load().item()
-
-
 def read_cls_labels(path, classes):
     """Foreign cls_labels.npy: a pickled dict, keys int32 (IRN) or str (the rest), values multi-hot (C,). -> {id: indices}"""
     try:
@@ -271,6 +242,186 @@ def read_cls_labels(path, classes):
     if wrong:
         raise ValueError(f"{path}: labels of {wrong[0]} have shape {np.shape(table[wrong[0]])}, classes.txt has {len(classes)} classes")
     return labels
+
+
+# ---------------------------------------------------------------- other projects' pickles
+
+# A pickle is a program: it calls what find_class hands out, and sets the state of what it has made. So nothing of numpy's or torch's is handed
+# out: what a pickle builds are the records below, which only keep what they are given. Arrays are made of them afterwards (`settled`), and by
+# nothing but a shape, the name of a plain dtype and as many bytes as these two say.
+
+class Kind:
+    """A dtype by its name and byte order: numbers, strings, objects; no fields, no subarrays."""
+    __slots__ = ("name", "order")
+
+    def __init__(self, name, *_):
+        if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|O8?|U\d{1,4}", name):
+            raise pickle.UnpicklingError(f"it holds the dtype {str(name)[:40]!r}")
+        self.name, self.order = name, "="
+
+    def __setstate__(self, state):
+        _, order, *structure = state[:5]
+        if order not in ("<", ">", "|", "=") or structure != [None] * 3:
+            raise pickle.UnpicklingError("it holds a dtype of parts")
+        self.order = order
+
+    def read(self, shape, content):
+        """-> array of `shape`, C order, over `content`."""
+        if not all(type(n) is int and n >= 0 for n in shape) or not isinstance(content, (bytes, bytearray)) or self.name[0] in "OU":
+            raise pickle.UnpicklingError("an array in it is not of numbers")
+        dtype = np.dtype(self.order + ("u1" if self.name == "b1" else self.name))
+        if math.prod(shape) * dtype.itemsize != len(content):
+            raise pickle.UnpicklingError(f"an array in it is torn: {len(content)} bytes for the shape {shape}")
+        array = np.frombuffer(content, dtype).reshape(shape) if content else np.zeros(shape, dtype)
+        return array != 0 if self.name == "b1" else array                  # as numpy counts on: a byte of a bool is 0 or 1
+
+
+class Array:
+    """An array to be: what a pickle says of it, unread."""
+    __slots__ = ("state", "axes", "value")
+
+    def __init__(self, *state, axes=None):
+        self.state, self.axes, self.value = state, axes, None
+
+    def __setstate__(self, state):
+        self.state = state
+
+    def settled(self):
+        if self.value is None:
+            _, shape, kind, fortran, content = self.state
+            if kind.name[0] == "O" and shape == () and len(content) == 1:  # np.save's way to keep a dict
+                return content[0]
+            array = kind.read(shape[::-1] if fortran else shape, content)
+            self.value = array.T if fortran else array if self.axes is None else array.transpose(self.axes)
+        return self.value
+
+
+class Maker:
+    """What a pickle may call. It cannot set its state, as it could that of a function."""
+    __slots__ = ("make",)
+
+    def __init__(self, make):
+        self.make = make
+
+    def __call__(self, *args):
+        return self.make(*args)
+
+    def __setstate__(self, state):
+        raise pickle.UnpicklingError("it changes what it calls")
+
+
+def of_buffer(content, kind, shape, order, axes=None):
+    """Protocol 5's way to an array: order K is C order, its axes then moved."""
+    return Array(1, shape, kind, order == "F", content, axes=axes)
+
+
+def number(kind, content):
+    """A number or a text of numpy's -> Python's own."""
+    if kind.name[0] == "U":
+        return content.decode("utf-32-be" if kind.order == ">" else "utf-32-le").rstrip("\0")
+    return kind.read((), content).item()
+
+
+def latin(text, encoding):
+    """Old protocols' way to bytes."""
+    if encoding != "latin1":
+        raise pickle.UnpicklingError(f"it asks for the encoding {str(encoding)[:40]!r}")
+    return str.encode(text, "latin1")
+
+
+def storage(content):
+    """The bytes in which torch keeps a tensor's numbers inside a pickle -> (n,) array. torch's own reader of them would run what they ask for."""
+    file = io.BytesIO(content)
+    magic, version, _, (_, kind, key, _, count, view), keys = (StorageReader(file).load() for _ in range(5))
+    if (magic, version, view, keys) != (0x1950a86a20f9469cfc6c, 1001, None, [key]):
+        raise pickle.UnpicklingError("a tensor in it is not as torch writes them")
+    return Kind(kind).read((count,), file.read()[8:])                      # 8: the count again
+
+
+def tensor(numbers, offset, size, stride, *_):
+    """A view (offset, size, stride) of a storage's numbers -> Array."""
+    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or math.prod(size) > len(numbers):
+        raise pickle.UnpicklingError("a tensor in it is not of its numbers")
+    if 0 not in size and offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(numbers):
+        raise pickle.UnpicklingError("a tensor in it reaches past its numbers")
+    shown = Array()
+    shown.value = np.zeros(size, numbers.dtype) if 0 in size else np.lib.stride_tricks.as_strided(
+        numbers[offset:], size, [step * numbers.itemsize for step in stride]).copy()
+    return shown
+
+
+class StorageReader(pickle.Unpickler):
+    """Numbers, texts, and of torch's storages the kind of number."""
+    kinds = {"FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2",
+             "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "b1"}
+
+    def find_class(self, module, name):
+        if module != "torch" or name not in self.kinds:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.kinds[name]
+
+    def persistent_load(self, id):
+        return id
+
+
+class Restricted(pickle.Unpickler):
+    """Reads other projects' pickles: arrays of numbers, IRN's tensors (as arrays) and plain values; whatever else is asked for is refused."""
+    makes = {("numpy", "dtype"): Maker(Kind), ("numpy", "ndarray"): "ndarray", ("_codecs", "encode"): Maker(latin), ("collections", "OrderedDict"): Maker(dict),
+             ("torch._utils", "_rebuild_tensor_v2"): Maker(tensor), ("torch.storage", "_load_from_bytes"): Maker(storage)}
+    for core in ("numpy.core", "numpy._core"):
+        makes |= {(f"{core}.multiarray", "_reconstruct"): Maker(Array), (f"{core}.multiarray", "scalar"): Maker(number),
+                  (f"{core}.numeric", "_frombuffer"): Maker(of_buffer)}
+
+    def find_class(self, module, name):
+        if (module, name) not in self.makes:
+            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.makes[module, name]
+
+    def load(self):
+        return settled(super().load())
+
+
+def settled(value, depth=3):
+    """Arrays in place of the records, down to the values of dicts in a list."""
+    if isinstance(value, Array):
+        value = value.settled()
+        return value if isinstance(value, np.ndarray) or not depth else settled(value, depth - 1)
+    if depth and isinstance(value, dict):
+        return {key: settled(part, depth - 1) for key, part in value.items()}
+    if depth and isinstance(value, list):
+        return [settled(part, depth - 1) for part in value]
+    return value
+
+
+class FmaReader(Restricted):
+    """FMA-WSSS pickles a list and a dict of its own classes: they become plain ones, its code is not looked for."""
+    class List(list):
+        __slots__ = ()
+
+        def __setstate__(self, state):
+            """Attributes are left out: numpy would ask an __array_interface__ for an address."""
+
+    class Dict(dict):
+        __slots__ = ()
+
+        def __setstate__(self, state):
+            pass
+
+    def find_class(self, module, name):
+        return {"SamAnns": self.List, "ADict": self.Dict}.get(name) or super().find_class(module, name)
+
+
+def read_pickled(path):
+    """What another project's pickled .npy holds; None of a plain array."""
+    with open(path, "rb") as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+        if not dtype.hasobject:
+            return None
+        if shape:
+            raise ValueError(f"it holds {shape} objects, not one dict")
+        return Restricted(file).load()
 
 
 # ---------------------------------------------------------------- texts
@@ -604,18 +755,6 @@ def read_packed(path, size):
     if not all(s.mask.any() for s in found):
         raise ValueError("a mask is empty")
     return found
-
-
-class FmaReader(Restricted):
-    """FMA-WSSS pickles a list and a dict of its own classes: they become plain ones, its code is not looked for."""
-    class List(list):
-        pass
-
-    class Dict(dict):
-        pass
-
-    def find_class(self, module, name):
-        return {"SamAnns": self.List, "ADict": self.Dict}.get(name) or super().find_class(module, name)
 
 
 def read_fma(path, size):

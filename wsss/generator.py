@@ -135,6 +135,10 @@ class DeiT(nn.Module):
                 nn.init.normal_(layer.weight, std=0.02)
                 nn.init.zeros_(layer.bias)
 
+    @property
+    def pool(self):
+        return self.adaptive_attention_fusion.pool
+
     def maps(self, images):
         """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w), raw, >= 0"""
         return self(images)[0]
@@ -201,6 +205,7 @@ class Clims(nn.Module):
     trains_when_frozen = ("classifier.",)
     rests = ()
     maps_are_masks = True
+    pool = None                                                   # no attention is fused
 
     def __init__(self, width, num_classes):
         super().__init__()
@@ -282,6 +287,7 @@ class ToyCNN(nn.Module):
     trains_when_frozen = ("head.",)
     rests = ()
     maps_are_masks = False
+    pool = None
 
     def __init__(self, num_classes, width=64, blocks=3):
         super().__init__()
@@ -375,34 +381,36 @@ def download_imagenet(name):
 # From the authors' code, not in the paper: WeakTr's and SemPLeS's COCO generators have a class token and a map for each of COCO's category
 # ids 1..90, row id - 1, also for these ten that were never used.
 COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_NAMES = "d7654b2610157284"                                   # SHA-256 of the names of the 80 in use, a line each
 
 
-def load_generator(path, pool="max", classes=None, drop_path=0.1):
-    """A checkpoint of ours, of WeakTr, SemPLeS, CLIMS or IRN -> S. Sizes come from the weights; `pool` (max: VOC, avg: COCO) is said by ours alone.
+def load_generator(path, pool=None, classes=None, drop_path=0.1):
+    """A checkpoint of ours, of WeakTr, SemPLeS, CLIMS or IRN -> S. Sizes come from the weights.
 
+    `pool` (max: VOC, avg: COCO) is in files of ours alone, and must be theirs; of others it is max where it is None, and COCO's 90 ids ask for it.
     With `classes`, the names of the data folder, a generator for another number of classes is refused, and one of ours for other names."""
     content = read(path)
-    (state, around), own = state_of(content, path), content.get("args")
-    pool = own.get("pool", pool) if isinstance(own, dict) else pool                   # of others it is no dict
+    state, around = state_of(content, path)
     if "resnet50.conv1.weight" in state:
         copies, state = len(state), irn_names(state, path)
         around.append(f"{copies - len(state)} copies that agree")
-    if {"trunk.0.weight", "trunk.3.weight"} <= state.keys() and not state.keys().isdisjoint(("head.weight", "classifier.weight")):
-        toy, last, kind = (ToyCNN, "head.weight", "toy CNN") if "head.weight" in state else (ToyClims, "classifier.weight", "toy CNN as in CLIMS")
-        model = toy(len(state[last]), width=len(state["trunk.3.weight"]), blocks=sum(name.endswith("conv1.weight") for name in state))
-    elif "classifier.weight" in state:
-        model, kind = ResNet50(num_classes=len(state["classifier.weight"])), "ResNet-50 as in CLIMS"
-    elif {"head.weight", "pos_embed", "adaptive_attention_fusion.attn_head_ffn.0.weight"} <= state.keys():
-        try:
-            model = deit_like(state, pool, drop_path)
-        except (KeyError, RuntimeError, ValueError, ZeroDivisionError) as error:
-            raise ValueError(f"{path}: its tensors make no DeiT ({error})") from None
-        kind = f"DeiT with attention fusion as in WeakTr, pooling {pool} (not in the file: --pool)"
-    else:
+    own = content.get("args")
+    known = own.get("pool") if isinstance(own, dict) else None                        # of others it is no dict
+    try:
+        model, kind = shaped_like(state, known or pool or "max", drop_path)
+    except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"{path}: its tensors make no mask generator ({' '.join(str(error).split())[:200]})") from None
+    if model is None:
         raise ValueError(f"{path}: not a mask generator ({what_else(state, content)})")
     load_strictly(path, model.load_state_dict, state)
+    if model.pool and known and pool not in (None, known):
+        raise ValueError(f"{path}: trained with --pool {known}: leave --pool {pool} out, or train it again with that")
     found, names = len(state["classifier.weight" if "classifier.weight" in state else "head.weight"]), content.get("classes")
     if isinstance(model, DeiT) and classes is not None and (found, len(classes)) == (90, 80):
+        if hashlib.sha256("\n".join(classes).encode()).hexdigest()[:16] != COCO_NAMES:
+            raise ValueError(f"{path}: maps 90 classes, the data folder has 80, not named as COCO's: which 80 of the 90 they are is known of COCO's only")
+        if not known and not pool:
+            raise ValueError(f"{path}: of COCO's 90 ids, and its pooling is in no such file: give --pool avg, as the published ones were trained, or --pool max")
         model.kept = [id - 1 for id in range(1, 91) if id not in COCO_GAPS]
         kind += ", of COCO's 90 ids the 80 in use"
     elif classes is not None and found != len(classes):
@@ -413,6 +421,18 @@ def load_generator(path, pool="max", classes=None, drop_path=0.1):
     if "stage" not in content:
         said(path, f"{kind}, {found} classes", around)
     return model
+
+
+def shaped_like(state, pool, drop_path):
+    """-> the network whose names and sizes are those of a state dict, and what it is; None: no generator."""
+    if {"trunk.0.weight", "trunk.3.weight"} <= state.keys() and not state.keys().isdisjoint(("head.weight", "classifier.weight")):
+        toy, last, kind = (ToyCNN, "head.weight", "toy CNN") if "head.weight" in state else (ToyClims, "classifier.weight", "toy CNN as in CLIMS")
+        return toy(len(state[last]), width=len(state["trunk.3.weight"]), blocks=sum(name.endswith("conv1.weight") for name in state)), kind
+    if "classifier.weight" in state:
+        return ResNet50(num_classes=len(state["classifier.weight"])), "ResNet-50 as in CLIMS"
+    if {"head.weight", "pos_embed", "adaptive_attention_fusion.attn_head_ffn.0.weight"} <= state.keys():
+        return deit_like(state, pool, drop_path), f"DeiT with attention fusion as in WeakTr, pooling {pool} (not in the file: --pool)"
+    return None, None
 
 
 def what_else(state, content):
@@ -444,7 +464,7 @@ def deit_like(state, pool, drop_path):
     """The DeiT whose sizes are those of a checkpoint."""
     classes = len(state["head.weight"])
     squeezed, maps = state["adaptive_attention_fusion.attn_head_ffn.0.weight"].shape              # (heads * depth / r, heads * depth)
-    depth = 1 + max(int(name.split(".")[1]) for name in state if name.startswith("blocks."))
+    depth = len({name.split(".")[1] for name in state if name.startswith("blocks.")})
     grid = round((state["pos_embed"].shape[1] - classes) ** 0.5)
     return DeiT(classes, width=state["pos_embed"].shape[2], depth=depth, heads=maps // depth, patch=state["patch_embed.proj.weight"].shape[-1],
                 grid=grid, reduction=maps // squeezed, pool=pool, drop_path=drop_path)
@@ -495,9 +515,9 @@ PLAIN = [Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float
 
 
 def reason(error):
-    """torch's advice to trust the file is left out; what it asks for is said."""
+    """What a refused file asks for, or that it is no archive of torch's: torch's own text is advice to trust it."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
-    return f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
+    return f"it asks for {asked[1]}" if asked else str(error) if isinstance(error, OSError) else "it is torn, or torch did not write it"
 
 
 def load_strictly(path, load, state):
@@ -506,7 +526,7 @@ def load_strictly(path, load, state):
         load(state)
     except KeyError as error:
         raise ValueError(f"{path} does not fit this network: it has no {error.args[0]}") from None
-    except RuntimeError as error:
+    except (IndexError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:400]}") from None
 
 

@@ -401,7 +401,7 @@ def read(path):
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                    # zip, pickle and torch each raise their own for a foreign file
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it asks for {asked[1]}" if asked else (str(error).splitlines() or [type(error).__name__])[0]
+        reason = f"it asks for {asked[1]}" if asked else str(error) if isinstance(error, OSError) else "it is torn, or torch did not write it"
         raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason})") from None
 
 
