@@ -13,11 +13,12 @@ import make_segments
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, call, refused, run_together
+from conftest import LABELS, call, refused
 from PIL import Image
-from test_pseudo import equal, masks, put_maps
+from test_pseudo import masks, put_maps
 
 from wsss import common, data
+from wsss.segments import label_segments, load_levels, load_segments, save_segments, segment, segments_of
 
 H, W = 26, 34
 SHARED = ["--split", "train", "--device", "cpu", "--workers", "0"]
@@ -37,7 +38,7 @@ def blobs(n, seed=0, size=(H, W)):
 
 
 def packed(found, levels=None):
-    return [data.segment(mask, 0 if levels is None else levels[n]) for n, mask in enumerate(found)]
+    return [segment(mask, 0 if levels is None else levels[n]) for n, mask in enumerate(found)]
 
 
 def whole(segment, size=(H, W)):
@@ -53,27 +54,27 @@ def test_a_segment_is_its_mask_in_the_tightest_box():
         y, x = mask.nonzero()
         assert s.box == (y.min(), x.min(), y.max() + 1, x.max() + 1) and np.array_equal(whole(s), mask)
         assert s.bits.nbytes == -(-s.mask.size // 8)
-    moved = data.segment(blobs(1)[0][:5, :7], corner=(3, 4))
+    moved = segment(blobs(1)[0][:5, :7], corner=(3, 4))
     assert moved.box == (3, 4, 8, 11)
 
 
 def test_a_label_map_becomes_one_segment_a_number():
     labels = np.random.default_rng(0).integers(0, 5, (H, W)) * 100
-    found = data.label_segments(labels)
+    found = label_segments(labels)
     assert [np.array_equal(whole(s), labels == value) for s, value in zip(found, (0, 100, 200, 300, 400))] == [True] * 5 and len(found) == 5
 
 
 @pytest.mark.parametrize("n", [0, 1, 9])
 def test_the_file_gives_back_what_was_written(tmp_path, n):
     segments = [s._replace(level=i % 3, score=i / 8, stability=i / 16) for i, s in enumerate(packed(blobs(n) if n else []))]
-    data.save_segments(tmp_path / "a.npz", (H, W), segments)
-    back = data.load_segments(data.segments_of(tmp_path, "a"), (H, W))
+    save_segments(tmp_path / "a.npz", (H, W), segments)
+    back = load_segments(segments_of(tmp_path, "a"), (H, W))
     assert [(s.box, s.level, s.score, s.stability, s.bits.tobytes()) for s in back] == [(s.box, s.level, s.score, s.stability, s.bits.tobytes()) for s in segments]
-    assert data.segments_of(tmp_path, "b") is None and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+    assert segments_of(tmp_path, "b") is None and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
 def spoilt(path, **other):
-    data.save_segments(path, (H, W), packed(blobs(3)))
+    save_segments(path, (H, W), packed(blobs(3)))
     with np.load(path) as file:
         content = {**file, **other}
     np.savez(path, **{k: v for k, v in content.items() if v is not None})
@@ -83,25 +84,28 @@ def spoilt(path, **other):
     ({"bits": np.array([{}], dtype=object)}, "allow_pickle"), ({"level": None}, "level"), ({"size": np.array([9, 9], np.int32)}, "9x9"),
     ({"size": np.zeros((2, 2), np.int32)}, "pixels"), ({"bits": np.zeros(5, np.uint8)}, "boxes"), ({"boxes": np.array([[0, 0, 99, 9]] * 3, np.int32)}, "boxes"),
     ({"boxes": np.array([[5, 5, 5, 9]] * 3, np.int32)}, "boxes"), ({"boxes": np.array([[-1, 0, 5, 9]] * 3, np.int32)}, "boxes"), ({"level": np.zeros(2, np.uint8)}, "arrays"),
-    ({"boxes": np.zeros((3, 4), np.float32)}, "arrays"), ({"boxes": np.array([[0, 0, 2, 4]] * 3, np.int32), "bits": np.array([1, 0, 1], np.uint8)}, "empty")])
+    ({"boxes": np.zeros((3, 4), np.float32)}, "arrays"), ({"boxes": np.array([[0, 0, 2, 4]] * 3, np.int32), "bits": np.array([1, 0, 1], np.uint8)}, "empty"),
+    ({"level": np.full(3, 3, np.uint8)}, "level")])
 def test_files_that_do_not_fit_are_refused(tmp_path, other, word):
     spoilt(tmp_path / "a.npz", **other)
     with pytest.raises(ValueError, match=f"a.npz holds no segments.*{word}"):
-        data.load_segments(tmp_path / "a.npz", (H, W))
+        load_segments(tmp_path / "a.npz", (H, W))
 
 
 def test_a_torn_file_and_one_that_runs_code_are_refused(tmp_path):
-    data.save_segments(tmp_path / "a.npz", (H, W), packed(blobs(3)))
+    save_segments(tmp_path / "a.npz", (H, W), packed(blobs(3)))
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
     with pytest.raises(ValueError, match="a.npz holds no segments"):
-        data.load_segments(tmp_path / "a.npz", (H, W))
+        load_segments(tmp_path / "a.npz", (H, W))
 
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/run",)
     (tmp_path / "b.pkl").write_bytes(pickle.dumps([{"segmentation": Evil()}]))
     with pytest.raises(ValueError, match="b.pkl holds no segments.*system"):
-        data.load_segments(data.segments_of(tmp_path, "b"), (H, W))
+        load_segments(segments_of(tmp_path, "b"), (H, W), data.FmaReader)
+    with pytest.raises(ValueError, match="b.pkl holds no segments.*no unpickler"):
+        load_segments(segments_of(tmp_path, "b"), (H, W))
     assert not (tmp_path / "run").exists()
 
 
@@ -132,22 +136,22 @@ def put_fma(path, found, levels):
 def test_other_layouts_are_read(tmp_path):
     found = blobs(6)
     put_fma(tmp_path / "a.pkl", found, [0, 1, 2, 0, 1, 2])
-    back = data.load_segments(data.segments_of(tmp_path, "a"), (H, W))
+    back = load_segments(segments_of(tmp_path, "a"), (H, W), data.FmaReader)
     assert all(np.array_equal(whole(s), mask) for s, mask in zip(back, found, strict=True)) and [s.level for s in back] == [0, 1, 2, 0, 1, 2]
     assert back[0].score == 0.5 and back[0].stability == 0.25
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps([{"segmentation": mask} for mask in found]))              # SAM's own generator
-    assert all(np.array_equal(whole(s), mask) for s, mask in zip(data.load_segments(tmp_path / "plain.pkl", (H, W)), found, strict=True))
+    assert all(np.array_equal(whole(s), mask) for s, mask in zip(load_segments(tmp_path / "plain.pkl", (H, W), data.FmaReader), found, strict=True))
 
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metadata.csv").write_text("id,area\n")
     for n, mask in enumerate([*found, np.zeros((H, W), bool)]):                                                 # an empty one is no segment
         Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "b" / f"{n}.png")
-    back = data.load_segments(data.segments_of(tmp_path, "b"), (H, W))
+    back = load_segments(segments_of(tmp_path, "b"), (H, W))
     assert all(np.array_equal(whole(s), mask) for s, mask in zip(back, found, strict=True))
 
     labels = np.arange(H * W).reshape(H, W) // 300 * 1000
     Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "c.png")
-    back = data.load_segments(data.segments_of(tmp_path, "c"), (H, W))
+    back = load_segments(segments_of(tmp_path, "c"), (H, W))
     assert [np.array_equal(whole(s), labels == value) for s, value in zip(back, (0, 1000, 2000), strict=True)] == [True] * 3
 
 
@@ -156,11 +160,14 @@ def test_layouts_that_are_none_are_refused(tmp_path):
     Image.fromarray(np.arange(H * W, dtype=np.uint8).reshape(H, W)).save(tmp_path / "a" / "grey.png")
     Image.new("RGB", (W, H)).save(tmp_path / "b.png")
     Image.new("L", (W, H + 1)).save(tmp_path / "c.png")
-    for id, content in (("d", [{"segmentation": {"size": [H, W], "counts": [5, 5]}}]), ("e", [{"segmentation": np.ones((H, W + 1), bool)}]), ("f", 5)):
+    lengths = lambda counts: {"segmentation": {"size": [H, W], "counts": counts}}
+    for id, content in (("d", [lengths([5, 5])]), ("e", [{"segmentation": np.ones((H, W + 1), bool)}]), ("f", 5), ("g", [lengths("Ud0j0")]), ("h", [lengths(b"Ud0j0")]),
+                        ("i", [{"segmentation": np.ones((H, W), bool), "level": 3}]), ("j", [{"segmentation": np.ones((H, W), bool), "level": -1}])):
         (tmp_path / f"{id}.pkl").write_bytes(pickle.dumps(content))
-    for id, word in (("a", "grey.png is not black and white"), ("b", "mode RGB"), ("c", f"{W}x{H + 1}"), ("d", "run lengths"), ("e", f"{W + 1}x{H}"), ("f", "int")):
+    for id, word in (("a", "grey.png is not black and white"), ("b", "mode RGB"), ("c", f"{W}x{H + 1}"), ("d", "run lengths"), ("e", f"{W + 1}x{H}"), ("f", "int"),
+                     ("g", "coco_rle.*uncompressed_rle"), ("h", "coco_rle.*uncompressed_rle"), ("i", "level"), ("j", "level")):
         with pytest.raises(ValueError, match=word):
-            data.load_segments(data.segments_of(tmp_path, id), (H, W))
+            load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
 
 
 # ---------------------------------------------------------------- the vote
@@ -177,7 +184,7 @@ def slow_sams(found, levels, maps, power):
     score[:, 0] = (1 - score[:, 1:].max(1)) ** power
     out = np.zeros(maps.shape[1:], int)
     for y, x in np.ndindex(*out.shape):
-        key = lambda s: (levels[s], score[s].max(), -found[s].sum(), data.segment(found[s]).box)
+        key = lambda s: (levels[s], score[s].max(), -found[s].sum(), segment(found[s]).box)
         out[y, x] = max((s for s in range(S) if found[s, y, x]), key=key, default=None) if found[:, y, x].any() else -1
     return np.where(out < 0, 0, score.argmax(1)[out])
 
@@ -291,8 +298,8 @@ def world(voc, tmp_path):
     for n, id in enumerate(LABELS):
         truth = folder.truth(id)
         labels = truth.astype(int) * 100 + np.arange(truth.size).reshape(truth.shape) // 500
-        data.save_segments(out / "segments" / f"{id}.npz", truth.shape, [s._replace(level=n % 3) for s in data.label_segments(labels)] if id != "a_5" else [])
-    (out / "segments/recipe.json").write_text('{"fingerprint": "first"}')
+        save_segments(out / "segments" / f"{id}.npz", truth.shape, [s._replace(level=n % 3) for s in label_segments(labels)] if id != "a_5" else [])
+    (out / "segments/recipe.json").write_text('{"fingerprint": "first", "args": {"source": "slic"}}')
     put_maps(voc, out)                                                              # removes the truth: masks are made without it
     return voc, out
 
@@ -308,7 +315,7 @@ def test_the_command_votes(world):
     folder = data.Folder(voc)
     for id, present in LABELS.items():
         label, row = np.array([0, *(k + 1 for k in present)]), {name: masks(out, name)[id] for name in ("plain", "crf", "sams", "sams_crf", "sepl")}
-        segments = data.load_segments(out / "segments" / f"{id}.npz", row["plain"].shape)
+        segments = load_segments(out / "segments" / f"{id}.npz", row["plain"].shape)
         _, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
         if not segments:
             assert np.array_equal(row["sams"], row["plain"]) and np.array_equal(row["sams_crf"], row["crf"]) and np.array_equal(row["sepl"], row["crf"])
@@ -320,7 +327,10 @@ def test_the_command_votes(world):
             assert np.array_equal(row["sepl"], slow_sepl([whole(s, cam.shape[1:]) for s in segments], row["crf"])) and not np.array_equal(row["sepl"], row["crf"])
             assert set(np.unique(row["sams_crf"])) <= set(label)
     note = json.loads((out / "sams.json").read_text())
-    assert note["without_segments"] == 1 and note["vote"] == "sams" and note["power"] == 0.6 and note["crf"] is None
+    assert (note["without_segments"], note["vote"], note["background"], note["value"], note["crf"]) == (1, "sams", "power", 0.6, None)
+    assert note["pixels"] == {"background": "constant", "value": 0.3} and note["segments"] == {"folder": str(out / "segments"), "source": "slic", "weights": None}
+    note = json.loads((out / "sepl.json").read_text())
+    assert (note["without_segments"], note["vote"], note["background"], note["value"], note["crf"]) == (1, "sepl", "constant", 0.3, "deeplab") and "pixels" not in note
     assert json.loads((out / "crf.json").read_text())["args"]["vote"] is None and "vote" not in json.loads((out / "crf.json").read_text())
 
 
@@ -364,7 +374,7 @@ def test_superpixels_are_partitions_and_a_run_goes_on(voc, tmp_path):
     total = 0
     for id in LABELS:
         size = folder.image(id).shape[1:]
-        segments = data.load_segments(data.segments_of(out / "segments", id), size)
+        segments = load_segments(segments_of(out / "segments", id), size)
         assert (sum(whole(s, size).astype(int) for s in segments) == 2).all()       # every pixel is in one of each scale
         total += len(segments)
     note = json.loads((out / "segments.json").read_text())
@@ -372,25 +382,8 @@ def test_superpixels_are_partitions_and_a_run_goes_on(voc, tmp_path):
     refused(call("make_segments.py", *flags, out, "--scales", "5"), "was made with --scales")
     before = files(out / "segments")
     assert call("make_segments.py", *flags, out, "--scales", "5", "--no-resume").returncode == 0 and files(out / "segments") != before
-    assert call("make_segments.py", *flags, out, "--source", "slic", "--scales", "9", "--segments", "slic").returncode == 0
+    assert call("make_segments.py", *flags, out, "--min-area", "100", "--source", "slic", "--scales", "9", "--segments", "slic").returncode == 0
     assert len(files(out / "slic")) == 5
-
-
-def test_two_processes_make_what_one_makes(voc, tmp_path):
-    pytest.importorskip("skimage")
-    for out in (tmp_path / "one", tmp_path / "two"):
-        shutil.rmtree(out, ignore_errors=True)
-    put_maps(voc, tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    jobs = lambda out: [("make_segments.py", "--data", voc, "--out", out, *SHARED, *FELZENSZWALB),
-                        ("make_pseudo.py", "--data", voc, "--out", out, *SHARED, "--segments", out / "segments")]
-    for job in jobs(tmp_path / "one"):
-        assert call(*job).returncode == 0
-    run_together(jobs(tmp_path / "two"), tmp_path)
-    assert len(files(tmp_path / "one/segments")) == 5 and files(tmp_path / "one/segments") == files(tmp_path / "two/segments")
-    assert equal(masks(tmp_path / "one"), masks(tmp_path / "two"))
-    counts = [{k: v for k, v in json.loads((tmp_path / name / "segments.json").read_text()).items() if k not in ("args", "versions")} for name in ("one", "two")]
-    assert counts[0] == counts[1]
 
 
 def test_a_missing_library_is_one_line(voc, tmp_path, monkeypatch):
@@ -542,9 +535,9 @@ def test_the_whole_and_what_was_clean_are_preferred(monkeypatch):
         monkeypatch.setattr(make_segments.Sam, "in_crop", lambda self, image, crop, points: segments)
         return [(s.level, s.score) for s in segmenter(np.zeros((60, 90, 3), np.uint8))]
 
-    part, same = data.segment(square, 0, 0.75, 1), data.segment(square, 2, 0.5, 1)
+    part, same = segment(square, 0, 0.75, 1), segment(square, 2, 0.5, 1)
     assert left([part, same]) == [(2, 0.5)] and left([part, same], whole_first=False) == [(0, 0.75)]
-    dirty = data.segment(spotted, 1, 0.875, 1)
+    dirty = segment(spotted, 1, 0.875, 1)
     assert left([dirty, part]) == [(1, 0.875), (0, 0.75)] and left([dirty, part], min_area=20) == [(0, 0.75)]
 
 
@@ -555,11 +548,11 @@ def test_small_islands_and_holes_go_exactly():
         if n > 5:                                                                   # a strip beside the box that is large, or small, only beyond it
             mask[:] = False
             mask[1 + n % 3:, 2:W - n % 4], mask[8:11, 2:5] = True, False
-        got = make_segments.clean(data.segment(mask, 2, 0.5, 0.25), 12, (H, W))
+        got = make_segments.clean(segment(mask, 2, 0.5, 0.25), 12, (H, W))
         assert np.array_equal(whole(got), naive_clean(mask, 12)) and (got.level, got.score, got.stability) == (2, 0.5, 0.25)
     square = np.zeros((H, W), bool)
     square[3:8, 3:8] = True
-    s = data.segment(square)
+    s = segment(square)
     assert make_segments.clean(s, 12, (H, W)) is s and make_segments.clean(s, 30, (H, W)) is s                   # 24 pixels around the box are no hole
 
 
