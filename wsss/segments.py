@@ -152,7 +152,7 @@ def read_label_map(path, size):
 def read_masks(path, size):
     """A folder of black and white PNGs, a segment each, as SAM's amg.py writes it; its metadata.csv is not needed."""
     found = []
-    for file in sorted(path.glob("*.png")):
+    for file in sorted(path.glob("[!.]*.png")):
         values = read_numbers(file, size)
         if ((values != 0) & (values != values.max())).any():
             raise ValueError(f"{file.name} is not black and white")
