@@ -14,6 +14,7 @@ number like any other; <id>/*.png, a black and white mask each (SAM's amg.py); <
 0 elsewhere. --vote says how a segment finds its class:
 sams    FMA-WSSS: the class, or the background (1 - max)^power, with the best mean of its map over the segment, scaled over the picture's segments to
         [0, 1]; painted over each other by level, then by that score; what is in no segment is background. No CRF unless --crf.
+        --background, --threshold and --alpha then count only for that CRF, and for a picture without segments.
 sepl    SEPL: the masks as they are without segments; a segment of which a class covers more than half, or that holds .85 of a class, becomes that class.
 The CRF comes first: sams takes its posterior for the maps, sepl votes over its masks. The order of the segments changes nothing: what is equal by the
 rule is painted by size, the smaller on top, then by place. A picture that has no segment at all keeps its mask without segments, and is counted.
@@ -29,7 +30,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from wsss import common, crf, data
+from wsss import common, crf, data, segments
 
 
 def parse():
@@ -66,8 +67,8 @@ def parse():
 # ---------------------------------------------------------------- the vote of segments
 
 def paint(segments, rows, order, canvas):
-    """Writes rows[i] over the pixels of segment i, in ascending order[i]; what is equal there by size, larger first, then by place and shape, never by position."""
-    last = [(-int(s.mask.sum()), s.box, int(row), s.bits.tobytes()) for s, row in zip(segments, rows)]
+    """Writes rows[i] over the pixels of segment i, in ascending order[i]; what is equal there by size, larger first, then by place and row, never by position."""
+    last = [(-int(s.mask.sum()), s.box, int(row)) for s, row in zip(segments, rows)]
     for i in sorted(range(len(segments)), key=lambda i: (order[i], last[i])):
         canvas[segments[i].where][segments[i].mask] = rows[i]
     return canvas
@@ -76,15 +77,17 @@ def paint(segments, rows, order, canvas):
 def sams(segments, maps, power):
     """FMA-WSSS's seeds.  S segments, maps (P, H, W) -> (H, W): 0 background, 1 + p for row p of the maps
 
-    A segment's score for a class is the mean of relu(map) over its pixels, min-max scaled over the segments; its background's is (1 - max)^power."""
+    A segment's score for a class is the mean of relu(map) over its pixels, min-max scaled over the segments; its background's is (1 - max)^power.
+    Where all means are equal, as those of a single segment, there is nothing to scale by: the mean itself is the score."""
     canvas = np.zeros(maps.shape[1:], np.uint8)
     if not len(maps):
         return canvas
     maps = maps.clip(min=0)
     means = np.array([maps[(slice(None), *s.where)][:, s.mask].mean(1, dtype=np.float64) for s in segments])           # (S, P)
     low, high = means.min(0), means.max(0)
-    scores = np.divide(means - low, high - low, out=np.zeros_like(means), where=high > low)
-    scores = np.concatenate([(1 - scores.max(1, keepdims=True)) ** power, scores], 1)                                  # (S, 1 + P)
+    # Differs from the paper: its division makes such a picture all background, or scales the rounding of a flat map to [0, 1].
+    scores = np.divide(means - low, high - low, out=means.copy(), where=np.broadcast_to(high - low >= 1e-6, means.shape))
+    scores = np.concatenate([(1 - scores.max(1, keepdims=True)).clip(min=0) ** power, scores], 1)                      # (S, 1 + P)
     return paint(segments, scores.argmax(1), [(s.level, best) for s, best in zip(segments, scores.max(1))], canvas)
 
 
@@ -122,7 +125,7 @@ def pseudo_mask(image, classes, cam, segments, args, device="cpu"):
 
 
 def load_segments(id, args, size):
-    return data.load_segments(data.segments_of(args.segments, id), size) if args.segments else []
+    return segments.load_segments(segments.segments_of(args.segments, id), size, data.FmaReader) if args.segments else []
 
 
 def make(picture, id, label, args, device="cpu"):
@@ -145,11 +148,17 @@ def summary(args, folder, labels, pixels, bare):
     maps = args.out / f"{args.cam}.json"
     maps = common.read_json(maps) if maps.exists() else {}
     share = pixels / pixels.sum()
+    rule, voted = {"background": args.background, "value": args.threshold if args.background == "constant" else args.alpha}, {}
+    if args.segments:
+        recipe = args.segments / "recipe.json"                             # make_segments.py's; others' have none
+        recipe = common.read_json(recipe) if recipe.exists() else {}
+        source = {"folder": str(args.segments), "source": recipe.get("args", {}).get("source"), "weights": recipe.get("weights")}
+        voted = {"segments": source, "vote": args.vote, "without_segments": bare}
+    if args.vote == "sams":                                                # the CRF, and a picture without segments, see the other
+        rule = {"background": "power", "value": args.power, "pixels": rule}
     return {
         "maps": {k: maps[k] for k in ("source", "weights", "scales", "flip") if k in maps}, "classes": folder.classes, "pictures": len(labels),
-        "background": args.background, "value": args.threshold if args.background == "constant" else args.alpha,
-        "crf": args.preset if args.crf else None, "iterations": args.iterations, "ignore_below": args.ignore_below,
-        **({"segments": str(args.segments), "vote": args.vote, "power": args.power, "without_segments": bare} if args.segments else {}),
+        **rule, **voted, "crf": args.preset if args.crf else None, "iterations": args.iterations, "ignore_below": args.ignore_below,
         "share": dict(zip(["background", *folder.classes], share.tolist())), "ignored": share[data.IGNORE].item(),
         "never_predicted": [name for k, name in enumerate(folder.classes) if labels[:, k].any() and not pixels[k + 1]],
         "args": common.plain(args), "versions": common.versions()}
@@ -165,11 +174,11 @@ def main():
     missing = [id for id in ids if not data.cam_path(args.out / args.cam / f"{id}.npy").exists()]
     if missing:
         raise FileNotFoundError(f"{args.out / args.cam / missing[0]}.npy is missing, and {len(missing) - 1} more of {len(ids)}: run make_cam.py --split {args.split} first")
-    bare = [id for id in ids if args.segments and not data.segments_of(args.segments, id)]
+    bare = [id for id in ids if args.segments and not segments.segments_of(args.segments, id)]
     if bare:
         raise FileNotFoundError(f"{args.segments} has no segments of {bare[0]}, and {len(bare) - 1} more of {len(ids)}: run make_segments.py --split {args.split} first")
     args.inputs = common.inputs(cam=args.out / args.cam, **({"segments": args.segments} if args.segments else {}))
-    common.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "amp"), classes=folder.classes)
+    common.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "amp", "segments"), classes=folder.classes)
 
     mine = env.shard(range(len(ids)))
     todo = [n for n in mine if not (where / f"{ids[n]}.png").exists()]

@@ -29,12 +29,13 @@ import torch
 import torch.nn.functional as F
 from torchvision.ops import nms
 
-from wsss import common, data
+from wsss import common, data, segments
 
 SCALES = {"felzenszwalb": [50], "slic": [200]}                          # felzenszwalb's scale; slic's number of superpixels
 OVERLAP = 512 / 1500                                                    # of neighbouring crops, as a share of the shorter side (SAM)
 EDGE = 20                                                               # pixels; a mask that comes so near to a crop's edge is cut by it (SAM)
 AT_ONCE = 2 ** 25                                                       # values of masks at full size at a time: 128 MB
+FOR_SAM = ("sam", "points", "points_per_batch", "crop_layers", "pred_iou", "stability", "nms", "whole_bonus", "whole_first", "covered")
 
 
 def parse():
@@ -56,9 +57,16 @@ def parse():
     g = p.add_argument_group("superpixels")
     g.add_argument("--scales", type=common.above_zero, nargs="+", help="felzenszwalb: its scale, larger is coarser (default: 50); slic: how many superpixels (default: 200)")
     args = p.parse_args()
-    if args.source == "sam" and args.scales:
-        p.error("--scales goes with --source felzenszwalb or slic")
-    args.scales = None if args.source == "sam" else args.scales or SCALES[args.source]
+    unused = {"sam": ("scales",), "felzenszwalb": FOR_SAM, "slic": (*FOR_SAM, "min_area")}[args.source]
+    changed = [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) != p.get_default(name)]
+    if changed:
+        p.error(f"{changed[0]} does not go with --source {args.source}")
+    if not args.pred_iou <= 1 or not 0 <= args.stability <= 1 or not 0 <= args.nms <= 1:
+        p.error("--stability and --nms are between 0 and 1, --pred-iou at most 1")
+    if args.source != "sam":
+        args.scales = args.scales or SCALES[args.source]
+    if args.source == "slic" and min(args.scales) < 1:
+        p.error("--scales of slic are numbers of superpixels, 1 at least")
     return args
 
 
@@ -73,7 +81,7 @@ def superpixels(image, args):
             labels = segmentation.felzenszwalb(image, scale=scale, min_size=args.min_area)
         else:
             labels = segmentation.slic(image, n_segments=round(scale))
-        found += data.label_segments(labels)
+        found += segments.label_segments(labels)
     return found
 
 
@@ -89,7 +97,8 @@ def crops(size, layers):
         for x in range(n):
             for y in range(n):
                 top, left = y * (h - overlap), x * (w - overlap)
-                yield layer, (top, left, min(top + h, size[0]), min(left + w, size[1]))
+                if top < size[0] and left < size[1]:                    # a picture of few pixels has not that many
+                    yield layer, (top, left, min(top + h, size[0]), min(left + w, size[1]))
 
 
 def grid(n):
@@ -158,7 +167,7 @@ class Sam:
             masks = few > 0
             keep = (stability >= args.stability) & masks.any(2).any(1)
             rows = zip(masks[keep].cpu().numpy(), level[part][keep].tolist(), ious[point[part], level[part]][keep].tolist(), stability[keep].tolist())
-            found += [data.segment(mask, *facts, corner=crop[:2]) for mask, *facts in rows]
+            found += [segments.segment(mask, *facts, corner=crop[:2]) for mask, *facts in rows]
         return [s for s in found if not cut(s.box, crop, size)]
 
 
@@ -195,7 +204,7 @@ def clean(segment, area, size):
     large = sizes >= area
     large[sizes.argmax()] = True
     kept = large[islands]
-    return segment if (kept == mask).all() else data.segment(kept, segment.level, segment.score, segment.stability, (top, left))
+    return segment if (kept == mask).all() else segments.segment(kept, segment.level, segment.score, segment.stability, (top, left))
 
 
 def uncovered(segments, share):
@@ -231,20 +240,21 @@ def require(module, package):
 def make(picture, path, args, segmenter):
     """Writes the segments of one picture -> counts of them."""
     image = np.array(data.load_image(picture))
-    segments = segmenter(image) if segmenter else superpixels(image, args)
-    data.save_segments(path, image.shape[:2], segments)
-    return count(segments)
+    found = segmenter(image) if segmenter else superpixels(image, args)
+    with data.atomic(path) as beside, open(beside, "wb") as file:
+        segments.save_segments(file, image.shape[:2], found)
+    return count([s.level for s in found])
 
 
-def count(segments):
+def count(levels):
     """(4,): segments of every level, and 1 if there is none."""
-    return np.append(np.bincount([s.level for s in segments], minlength=3)[:3], not segments)
+    return np.append(np.bincount(np.asarray(levels, np.int64), minlength=3)[:3], len(levels) == 0)
 
 
 def weights(name):
-    """Fingerprint of the weights in a local folder; the name of those to download."""
-    files = [file for ending in ("safetensors", "bin") for file in sorted(Path(name).glob(f"*.{ending}"))]
-    return common.fingerprint(files[0]) if files else name
+    """Fingerprints of the weights in a local folder, of all its shards; the name of those to download."""
+    files = sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("*.bin"))
+    return " ".join(common.fingerprint(file) for file in files) or name
 
 
 def main():
@@ -254,17 +264,17 @@ def main():
     ids = folder.ids(args.split, args.limit)
     where = args.out / args.segments
     if args.source == "sam":
-        segmenter, decides, facts = Sam(args, env), {"scales"}, {"weights": weights(args.sam)}
+        segmenter, facts = Sam(args, env), {"weights": weights(args.sam)}
     else:
         require("skimage", "scikit-image")
-        segmenter, decides, facts = None, {"amp", "sam", "points", "crop_layers", "pred_iou", "stability", "nms", "whole_bonus", "whole_first", "covered"}, {}
-    common.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "points_per_batch", *decides), **facts)
+        segmenter, facts = None, {}
+    common.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "points_per_batch", *([] if segmenter else ["amp"])), **facts)
 
     mine = env.shard(range(len(ids)))
     todo = [n for n in mine if not (where / f"{ids[n]}.npz").exists()]
     total = np.zeros(4, np.int64)
     for n in set(mine) - set(todo):
-        total += count(data.load_segments(where / f"{ids[n]}.npz", data.picture_size(folder.picture(ids[n]))))
+        total += count(segments.load_levels(where / f"{ids[n]}.npz"))
     tasks = ((folder.picture(ids[n]), where / f"{ids[n]}.npz", args, segmenter) for n in todo)
     made = common.pooled(make, tasks, 0 if segmenter else args.workers, where)
     for counts in env.progress(made, "segments", len(mine), len(mine) - len(todo)):

@@ -388,6 +388,11 @@ def in_words(p):
     words += [f"tau {tau:g}"] if tau and p["what"] == "cam" else []
     words += [f"background {p['background']} {p['value']:g}"] if "background" in p else []
     if p["what"] == "pseudo" and made:
+        if "vote" in made:
+            bare = f" ({made['without_segments']} pictures without)" if made["without_segments"] else ""
+            words += [f"{made['segments']['source'] or made['segments']['folder']} segments, vote {made['vote']}{bare}"]
+        if "pixels" in made and (made["crf"] or made["without_segments"]):
+            words += [f"background {made['pixels']['background']} {made['pixels']['value']:g} for the CRF and pictures without segments"]
         words += [f"background {made['background']} {made['value']:g}", f"CRF {made['crf']}" if made["crf"] else "no CRF"]
     if p["what"] == "seg":
         words += [made.get("model", ""), f"scales {' '.join(map(str, p['scales']))}{', flips' if p['flip'] else ''}", f"CRF {p['crf']}" if p["crf"] else "no CRF"]

@@ -347,3 +347,12 @@ def test_a_folder_in_out_is_a_name():
 def test_mean_over_some_of_the_values():
     values, where = torch.tensor([[1., 2.], [3., float("nan")]]), torch.tensor([[True, False], [True, False]])
     assert common.mean(values, where).item() == 2 and common.mean(values, torch.zeros(2, 2, dtype=torch.bool)).item() == 0
+
+
+def test_a_folder_that_is_not_ours_is_known_by_its_files_and_a_name_by_nothing(tmp_path, monkeypatch):
+    (tmp_path / "imagenet").mkdir()
+    (tmp_path / "imagenet/a.png").write_bytes(b"1")
+    monkeypatch.chdir(tmp_path)                                                     # where a folder has the name of weights to download
+    assert common.inputs(start="imagenet", masks=Path("imagenet"), cam=Path("none")) == {"start": None, "masks": common.folder_fingerprint(tmp_path / "imagenet"), "cam": None}
+    (tmp_path / "imagenet/recipe.json").write_text('{"fingerprint": "ours"}')
+    assert common.inputs(masks=Path("imagenet")) == {"masks": "ours"}

@@ -1,4 +1,5 @@
-"""make_pseudo.py as a command: the rule pixel by pixel, any number of processes, killed and restarted, every bad input in one line."""
+"""make_pseudo.py as a command: the rule pixel by pixel, any number of processes (its segments' too), killed and restarted, every bad input in one line."""
+import importlib.util
 import json
 import os
 import shutil
@@ -10,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, LABELS, ROOT, call, make_folder, refused, run
+from conftest import CLASSES, LABELS, ROOT, call, make_folder, refused, run_together
 
 from wsss import crf, data
 
@@ -97,11 +98,19 @@ def test_any_number_of_processes_and_maps_at_a_stride(voc, tmp_path):
     assert call("make_pseudo.py", *flags, "--workers", "0", "--pseudo", "here").returncode == 0
     assert call("make_pseudo.py", *flags, "--workers", "1", "--pseudo", "one").returncode == 0
     assert call("make_pseudo.py", *flags, "--workers", "2", "--pseudo", "two").returncode == 0
-    run("make_pseudo.py", *flags, "--workers", "0", "--pseudo", "ranks", processes=2)
-    here = masks(out, "here")
-    assert len(here) == 5 and all(equal(here, masks(out, name)) for name in ("one", "two", "ranks"))
-    share = [json.loads((out / f"{name}.json").read_text())["share"] for name in ("here", "one", "two", "ranks")]
-    assert all(s == share[0] for s in share)
+    segmented = lambda segments, pseudo: [
+        ("make_segments.py", *flags, "--workers", "0", "--source", "felzenszwalb", "--scales", "5", "40", "--min-area", "8", "--segments", segments),
+        ("make_pseudo.py", *flags, "--workers", "0", "--segments", out / segments, "--pseudo", pseudo)] if importlib.util.find_spec("skimage") else []
+    run_together([("make_pseudo.py", *flags, "--workers", "0", "--pseudo", "ranks"), *segmented("segments_ranks", "voted_ranks")], tmp_path)
+    for job in segmented("segments", "voted"):
+        assert call(*job).returncode == 0
+    here, note = masks(out, "here"), lambda name: json.loads((out / f"{name}.json").read_text())
+    assert len(here) == 5 and all(equal(here, masks(out, name)) and note(name)["share"] == note("here")["share"] for name in ("one", "two", "ranks"))
+    if segmented("", ""):
+        content = lambda name: {path.name: path.read_bytes() for path in (out / name).glob("*.npz")}
+        assert len(content("segments")) == 5 and content("segments") == content("segments_ranks")
+        assert len(masks(out, "voted")) == 5 and equal(masks(out, "voted"), masks(out, "voted_ranks")) and note("voted")["share"] == note("voted_ranks")["share"]
+        assert all(note("segments")[k] == note("segments_ranks")[k] for k in ("pictures", "segments", "levels", "pictures_without"))
 
 
 def test_finished_masks_are_kept_and_counted(world):

@@ -165,6 +165,21 @@ def test_numbers_are_those_of_the_files(page):
     assert "train of data · 5 pictures · maps of refine · background constant 0.4" in page and "clip_decoder · scales 1.0, flips · no CRF" in page
 
 
+def test_masks_are_described_by_the_rule_that_made_them():
+    """FMA-WSSS's vote has a background of its own; the one by pixel counts where the CRF, or a picture without segments, needs it."""
+    pixels, facts = {"background": "constant", "value": 0.43}, {"split": "train", "data": "toy", "pictures": 5, "what": "pseudo"}
+    words = lambda **made: report.in_words({**facts, "made_by": {"source": "refine", "maps": {"source": "refine"}, **made}}).split(" · ")[3:]
+    assert words(**pixels, crf="weaktr") == ["background constant 0.43", "CRF weaktr"]
+    ours, others = {"folder": "runs/voc/segments", "source": "sam", "weights": "x"}, {"folder": "/masks/amg", "source": None, "weights": None}
+    sams = dict(background="power", value=0.6, pixels=pixels, vote="sams", segments=ours, without_segments=0, crf=None)
+    assert words(**sams) == ["sam segments, vote sams", "background power 0.6", "no CRF"]
+    seen = "background constant 0.43 for the CRF and pictures without segments"
+    assert words(**{**sams, "without_segments": 2}) == ["sam segments, vote sams (2 pictures without)", seen, "background power 0.6", "no CRF"]
+    assert words(**{**sams, "crf": "irn"}) == ["sam segments, vote sams", seen, "background power 0.6", "CRF irn"]
+    sepl = dict(pixels, vote="sepl", segments=others, without_segments=1, crf="weaktr")
+    assert words(**sepl) == ["/masks/amg segments, vote sepl (1 pictures without)", "background constant 0.43", "CRF weaktr"]
+
+
 def test_names_are_text(page):
     assert ODD not in page and "&lt;b&gt;&amp;cow" in page and "&lt;i&gt;" in page and "<i>" not in page.replace('<i style="background', "")
 

@@ -13,11 +13,12 @@ import make_segments
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, call, refused, run_together
+from conftest import LABELS, call, refused
 from PIL import Image
-from test_pseudo import equal, masks, put_maps
+from test_pseudo import masks, put_maps
 
 from wsss import common, data
+from wsss.segments import label_segments, load_levels, load_segments, save_segments, segment, segments_of
 
 H, W = 26, 34
 SHARED = ["--split", "train", "--device", "cpu", "--workers", "0"]
@@ -37,7 +38,7 @@ def blobs(n, seed=0, size=(H, W)):
 
 
 def packed(found, levels=None):
-    return [data.segment(mask, 0 if levels is None else levels[n]) for n, mask in enumerate(found)]
+    return [segment(mask, 0 if levels is None else levels[n]) for n, mask in enumerate(found)]
 
 
 def whole(segment, size=(H, W)):
@@ -53,27 +54,27 @@ def test_a_segment_is_its_mask_in_the_tightest_box():
         y, x = mask.nonzero()
         assert s.box == (y.min(), x.min(), y.max() + 1, x.max() + 1) and np.array_equal(whole(s), mask)
         assert s.bits.nbytes == -(-s.mask.size // 8)
-    moved = data.segment(blobs(1)[0][:5, :7], corner=(3, 4))
+    moved = segment(blobs(1)[0][:5, :7], corner=(3, 4))
     assert moved.box == (3, 4, 8, 11)
 
 
 def test_a_label_map_becomes_one_segment_a_number():
     labels = np.random.default_rng(0).integers(0, 5, (H, W)) * 100
-    found = data.label_segments(labels)
+    found = label_segments(labels)
     assert [np.array_equal(whole(s), labels == value) for s, value in zip(found, (0, 100, 200, 300, 400))] == [True] * 5 and len(found) == 5
 
 
 @pytest.mark.parametrize("n", [0, 1, 9])
 def test_the_file_gives_back_what_was_written(tmp_path, n):
     segments = [s._replace(level=i % 3, score=i / 8, stability=i / 16) for i, s in enumerate(packed(blobs(n) if n else []))]
-    data.save_segments(tmp_path / "a.npz", (H, W), segments)
-    back = data.load_segments(data.segments_of(tmp_path, "a"), (H, W))
+    save_segments(tmp_path / "a.npz", (H, W), segments)
+    back = load_segments(segments_of(tmp_path, "a"), (H, W))
     assert [(s.box, s.level, s.score, s.stability, s.bits.tobytes()) for s in back] == [(s.box, s.level, s.score, s.stability, s.bits.tobytes()) for s in segments]
-    assert data.segments_of(tmp_path, "b") is None and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
+    assert segments_of(tmp_path, "b") is None and [p.name for p in tmp_path.iterdir()] == ["a.npz"]
 
 
 def spoilt(path, **other):
-    data.save_segments(path, (H, W), packed(blobs(3)))
+    save_segments(path, (H, W), packed(blobs(3)))
     with np.load(path) as file:
         content = {**file, **other}
     np.savez(path, **{k: v for k, v in content.items() if v is not None})
@@ -83,26 +84,57 @@ def spoilt(path, **other):
     ({"bits": np.array([{}], dtype=object)}, "allow_pickle"), ({"level": None}, "level"), ({"size": np.array([9, 9], np.int32)}, "9x9"),
     ({"size": np.zeros((2, 2), np.int32)}, "pixels"), ({"bits": np.zeros(5, np.uint8)}, "boxes"), ({"boxes": np.array([[0, 0, 99, 9]] * 3, np.int32)}, "boxes"),
     ({"boxes": np.array([[5, 5, 5, 9]] * 3, np.int32)}, "boxes"), ({"boxes": np.array([[-1, 0, 5, 9]] * 3, np.int32)}, "boxes"), ({"level": np.zeros(2, np.uint8)}, "arrays"),
-    ({"boxes": np.zeros((3, 4), np.float32)}, "arrays"), ({"boxes": np.array([[0, 0, 2, 4]] * 3, np.int32), "bits": np.array([1, 0, 1], np.uint8)}, "empty")])
+    ({"boxes": np.zeros((3, 4), np.float32)}, "arrays"), ({"boxes": np.array([[0, 0, 2, 4]] * 3, np.int32), "bits": np.array([1, 0, 1], np.uint8)}, "empty"),
+    ({"level": np.full(3, 3, np.uint8)}, "level")])
 def test_files_that_do_not_fit_are_refused(tmp_path, other, word):
     spoilt(tmp_path / "a.npz", **other)
     with pytest.raises(ValueError, match=f"a.npz holds no segments.*{word}"):
-        data.load_segments(tmp_path / "a.npz", (H, W))
+        load_segments(tmp_path / "a.npz", (H, W))
 
 
 def test_a_torn_file_and_one_that_runs_code_are_refused(tmp_path):
-    data.save_segments(tmp_path / "a.npz", (H, W), packed(blobs(3)))
+    save_segments(tmp_path / "a.npz", (H, W), packed(blobs(3)))
     (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
     with pytest.raises(ValueError, match="a.npz holds no segments"):
-        data.load_segments(tmp_path / "a.npz", (H, W))
+        load_segments(tmp_path / "a.npz", (H, W))
 
     class Evil:
         def __reduce__(self):
             return os.system, (f"touch {tmp_path}/run",)
     (tmp_path / "b.pkl").write_bytes(pickle.dumps([{"segmentation": Evil()}]))
     with pytest.raises(ValueError, match="b.pkl holds no segments.*system"):
-        data.load_segments(data.segments_of(tmp_path, "b"), (H, W))
+        load_segments(segments_of(tmp_path, "b"), (H, W), data.FmaReader)
+    with pytest.raises(ValueError, match="b.pkl holds no segments.*no unpickler"):
+        load_segments(segments_of(tmp_path, "b"), (H, W))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name,dtype,most", [("bits", np.uint8, 512), ("boxes", np.int32, 64), ("level", np.uint8, 64), ("score", np.float32, 64),
+                                              ("stability", np.float32, 64), ("size", np.int32, 64)])
+def test_a_few_bytes_that_unpack_to_gigabytes_are_not_unpacked(tmp_path, monkeypatch, name, dtype, most):
+    """A file's own word for its size is compared with its picture's; nothing is read."""
+    spoilt(tmp_path / "a.npz", **{name: np.zeros(most * H * W // np.dtype(dtype).itemsize + 1024, dtype)})
+    monkeypatch.setattr(np.lib.npyio.NpzFile, "__getitem__", None)
+    with pytest.raises(ValueError, match=f"a.npz holds no segments.*its {name} are larger than"):
+        load_segments(tmp_path / "a.npz", (H, W))
+
+
+def test_what_is_written_of_the_smallest_picture_and_of_many_segments_is_read(tmp_path):
+    one = [segment(np.ones((1, 1), bool))]
+    save_segments(tmp_path / "a.npz", (1, 1), one * 9)
+    assert len(load_segments(tmp_path / "a.npz", (1, 1))) == 9
+    save_segments(tmp_path / "b.npz", (H, W), [segment(np.ones((H, W), bool))] * 2000)
+    assert len(load_segments(tmp_path / "b.npz", (H, W))) == 2000
+
+
+def test_levels_are_read_alone(tmp_path, monkeypatch):
+    save_segments(tmp_path / "a.npz", (H, W), packed(blobs(4), [2, 0, 1, 2]))
+    save_segments(tmp_path / "b.npz", (H, W), [])
+    monkeypatch.setattr(np, "unpackbits", None)
+    assert [make_segments.count(load_levels(tmp_path / f"{id}.npz")).tolist() for id in "ab"] == [[1, 1, 2, 0], [0, 0, 0, 1]]
+    (tmp_path / "a.npz").write_bytes((tmp_path / "a.npz").read_bytes()[:-40])
+    with pytest.raises(ValueError, match="a.npz holds no segments"):
+        load_levels(tmp_path / "a.npz")
 
 
 # ---------------------------------------------------------------- other projects' layouts
@@ -132,22 +164,22 @@ def put_fma(path, found, levels):
 def test_other_layouts_are_read(tmp_path):
     found = blobs(6)
     put_fma(tmp_path / "a.pkl", found, [0, 1, 2, 0, 1, 2])
-    back = data.load_segments(data.segments_of(tmp_path, "a"), (H, W))
+    back = load_segments(segments_of(tmp_path, "a"), (H, W), data.FmaReader)
     assert all(np.array_equal(whole(s), mask) for s, mask in zip(back, found, strict=True)) and [s.level for s in back] == [0, 1, 2, 0, 1, 2]
     assert back[0].score == 0.5 and back[0].stability == 0.25
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps([{"segmentation": mask} for mask in found]))              # SAM's own generator
-    assert all(np.array_equal(whole(s), mask) for s, mask in zip(data.load_segments(tmp_path / "plain.pkl", (H, W)), found, strict=True))
+    assert all(np.array_equal(whole(s), mask) for s, mask in zip(load_segments(tmp_path / "plain.pkl", (H, W), data.FmaReader), found, strict=True))
 
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metadata.csv").write_text("id,area\n")
     for n, mask in enumerate([*found, np.zeros((H, W), bool)]):                                                 # an empty one is no segment
         Image.fromarray(mask.astype(np.uint8) * 255).save(tmp_path / "b" / f"{n}.png")
-    back = data.load_segments(data.segments_of(tmp_path, "b"), (H, W))
+    back = load_segments(segments_of(tmp_path, "b"), (H, W))
     assert all(np.array_equal(whole(s), mask) for s, mask in zip(back, found, strict=True))
 
     labels = np.arange(H * W).reshape(H, W) // 300 * 1000
     Image.fromarray(labels.astype(np.uint16)).save(tmp_path / "c.png")
-    back = data.load_segments(data.segments_of(tmp_path, "c"), (H, W))
+    back = load_segments(segments_of(tmp_path, "c"), (H, W))
     assert [np.array_equal(whole(s), labels == value) for s, value in zip(back, (0, 1000, 2000), strict=True)] == [True] * 3
 
 
@@ -156,11 +188,14 @@ def test_layouts_that_are_none_are_refused(tmp_path):
     Image.fromarray(np.arange(H * W, dtype=np.uint8).reshape(H, W)).save(tmp_path / "a" / "grey.png")
     Image.new("RGB", (W, H)).save(tmp_path / "b.png")
     Image.new("L", (W, H + 1)).save(tmp_path / "c.png")
-    for id, content in (("d", [{"segmentation": {"size": [H, W], "counts": [5, 5]}}]), ("e", [{"segmentation": np.ones((H, W + 1), bool)}]), ("f", 5)):
+    lengths = lambda counts: {"segmentation": {"size": [H, W], "counts": counts}}
+    for id, content in (("d", [lengths([5, 5])]), ("e", [{"segmentation": np.ones((H, W + 1), bool)}]), ("f", 5), ("g", [lengths("Ud0j0")]), ("h", [lengths(b"Ud0j0")]),
+                        ("i", [{"segmentation": np.ones((H, W), bool), "level": 3}]), ("j", [{"segmentation": np.ones((H, W), bool), "level": -1}])):
         (tmp_path / f"{id}.pkl").write_bytes(pickle.dumps(content))
-    for id, word in (("a", "grey.png is not black and white"), ("b", "mode RGB"), ("c", f"{W}x{H + 1}"), ("d", "run lengths"), ("e", f"{W + 1}x{H}"), ("f", "int")):
+    for id, word in (("a", "grey.png is not black and white"), ("b", "mode RGB"), ("c", f"{W}x{H + 1}"), ("d", "run lengths"), ("e", f"{W + 1}x{H}"), ("f", "int"),
+                     ("g", "coco_rle.*uncompressed_rle"), ("h", "coco_rle.*uncompressed_rle"), ("i", "level"), ("j", "level")):
         with pytest.raises(ValueError, match=word):
-            data.load_segments(data.segments_of(tmp_path, id), (H, W))
+            load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
 
 
 # ---------------------------------------------------------------- the vote
@@ -173,11 +208,11 @@ def slow_sams(found, levels, maps, power):
     for p in range(P):
         column = [mean[s][p] for s in range(S)]
         for s in range(S):
-            score[s, p + 1] = (mean[s][p] - min(column)) / (max(column) - min(column)) if max(column) > min(column) else 0
+            score[s, p + 1] = (mean[s][p] - min(column)) / (max(column) - min(column)) if max(column) - min(column) >= 1e-6 else mean[s][p]
     score[:, 0] = (1 - score[:, 1:].max(1)) ** power
     out = np.zeros(maps.shape[1:], int)
     for y, x in np.ndindex(*out.shape):
-        key = lambda s: (levels[s], score[s].max(), -found[s].sum(), data.segment(found[s]).box)
+        key = lambda s: (levels[s], score[s].max(), -found[s].sum(), segment(found[s]).box)
         out[y, x] = max((s for s in range(S) if found[s, y, x]), key=key, default=None) if found[:, y, x].any() else -1
     return np.where(out < 0, 0, score.argmax(1)[out])
 
@@ -211,6 +246,27 @@ def test_sams_is_its_rule_and_knows_no_order(classes):
     assert not np.array_equal(make_pseudo.sams([s._replace(level=0) for s in segments], maps, 0.6), want)
 
 
+def test_means_that_are_all_equal_are_scores_as_they_are():
+    """A single segment, or a flat map: min-max scaling has nothing to say there."""
+    ones, halves = np.ones((2, 1, H, W), np.float32) * np.float32([1, 0.5])[:, None, None, None]
+    full, left, right = np.ones((3, H, W), bool)
+    left[:, 17:], right[:, :17] = False, False
+    for found in ([full], [left, right]):
+        draw = lambda maps, power: make_pseudo.sams(packed(found), maps, power)
+        assert (draw(ones, 0.6) == 1).all() and not draw(0 * ones, 0.6).any()
+        assert not draw(halves, 0.6).any() and (draw(halves, 2) == 1).all()                                         # .5 against .66, and against .25
+        assert (draw(ones + 1e-6, 0.6) == 1).all()                                                                  # no root of a number below 0
+        assert (draw(np.concatenate([0.7 * ones, 0.8 * ones]), 0.6) == 2).all()
+    coarse = data.resize_maps(torch.full((1, 4, 5), 0.3), (H, W)).numpy()
+    noisy = coarse + 1e-7 * np.arange(W, dtype=np.float32)                                                          # rounding, on one side more
+    assert not make_pseudo.sams(packed([left, right]), coarse, 0.6).any() and not make_pseudo.sams(packed([left, right]), noisy * 0.1, 0.6).any()
+    slope = np.where(right, 0.3, 0.3 - 1e-4)[None].astype(np.float32)                                               # a difference: scaled, as published
+    assert np.array_equal(make_pseudo.sams(packed([left, right]), slope, 0.6), right)
+    mixed = np.stack([np.where(left, 0.6, 0.1), np.full((H, W), 0.2)]).astype(np.float32)                           # one class is flat, the other is scaled
+    assert np.array_equal(make_pseudo.sams(packed([left, right]), mixed, 0.6), left)                                # .2 against .87
+    assert np.array_equal(make_pseudo.sams(packed([left, right]), mixed, 9), np.where(left, 1, 2))                  # .2 against .13
+
+
 def test_equal_scores_are_painted_by_size_and_place_not_by_order():
     """Segments of one class each under maps of ones and zeros: all scores are 1."""
     maps = np.zeros((2, H, W), np.float32)
@@ -241,6 +297,17 @@ def test_what_is_equal_is_painted_by_size():
         rows = [1 if mask is small else 2 for mask in order]
         drawn = make_pseudo.paint(packed(order), rows, [0, 0], np.zeros((H, W), int))
         assert np.array_equal(drawn, np.where(small, 1, np.where(large, 2, 0)))
+
+
+def test_what_is_equal_in_size_and_place_is_painted_by_row():
+    """Two shapes in one box, of as many pixels: whichever comes first, the later row is on top."""
+    shapes = np.zeros((2, H, W), bool)
+    shapes[:, 3:7, 4:8] = np.eye(4, dtype=bool), np.eye(4, dtype=bool)[::-1]
+    shapes[:, 3:7, 4] = shapes[:, 3, 4:8] = shapes[:, 6, 4:8] = True
+    assert shapes[0].sum() == shapes[1].sum() and (shapes[0] != shapes[1]).any()
+    for order in ((0, 1), (1, 0)):
+        drawn = make_pseudo.paint(packed(shapes[list(order)]), [order[0] + 1, order[1] + 1], [0, 0], np.zeros((H, W), int))
+        assert np.array_equal(drawn, np.where(shapes[1], 2, shapes[0]))
 
 
 def test_sams_paints_the_whole_over_its_part():
@@ -281,6 +348,21 @@ def test_sepl_is_its_rule_and_knows_no_order():
     assert np.array_equal(make_pseudo.sepl(packed([around]), mask) == 1, around | (mask == 1))
 
 
+def test_sepl_asks_for_more_than_half_of_a_class():
+    mask, s = np.zeros((H, W), np.uint8), np.zeros((H, W), bool)
+    mask[:, :10], s[:4, 8:12] = 1, True                                             # 8 of its 16 pixels, and 8 of the class's 260
+    assert np.array_equal(make_pseudo.sepl(packed([s]), mask), mask)
+    s[0, 11] = False                                                                # 8 of 15
+    assert np.array_equal(make_pseudo.sepl(packed([s]), mask), np.where(s, 1, mask))
+    mask[mask == 1] = 255                                                           # unsure is no class: neither where it covers most of a segment,
+    assert np.array_equal(make_pseudo.sepl(packed([s, s[::-1]]), mask), mask)
+    mask[:], mask[1, 9] = 0, 255                                                    # nor where a segment holds it all; nor is the background
+    assert np.array_equal(make_pseudo.sepl(packed([s]), mask), mask)
+    mask[1, 9], mask[8:12, 20:24] = 2, 1
+    s[8:12, 20:24] = True                                                           # two classes that it holds: the one that covers more
+    assert np.array_equal(make_pseudo.sepl(packed([s]), mask), s)
+
+
 # ---------------------------------------------------------------- make_pseudo.py --segments
 
 @pytest.fixture
@@ -291,8 +373,8 @@ def world(voc, tmp_path):
     for n, id in enumerate(LABELS):
         truth = folder.truth(id)
         labels = truth.astype(int) * 100 + np.arange(truth.size).reshape(truth.shape) // 500
-        data.save_segments(out / "segments" / f"{id}.npz", truth.shape, [s._replace(level=n % 3) for s in data.label_segments(labels)] if id != "a_5" else [])
-    (out / "segments/recipe.json").write_text('{"fingerprint": "first"}')
+        save_segments(out / "segments" / f"{id}.npz", truth.shape, [s._replace(level=n % 3) for s in label_segments(labels)] if id != "a_5" else [])
+    (out / "segments/recipe.json").write_text('{"fingerprint": "first", "args": {"source": "slic"}}')
     put_maps(voc, out)                                                              # removes the truth: masks are made without it
     return voc, out
 
@@ -308,7 +390,7 @@ def test_the_command_votes(world):
     folder = data.Folder(voc)
     for id, present in LABELS.items():
         label, row = np.array([0, *(k + 1 for k in present)]), {name: masks(out, name)[id] for name in ("plain", "crf", "sams", "sams_crf", "sepl")}
-        segments = data.load_segments(out / "segments" / f"{id}.npz", row["plain"].shape)
+        segments = load_segments(out / "segments" / f"{id}.npz", row["plain"].shape)
         _, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
         if not segments:
             assert np.array_equal(row["sams"], row["plain"]) and np.array_equal(row["sams_crf"], row["crf"]) and np.array_equal(row["sepl"], row["crf"])
@@ -320,7 +402,10 @@ def test_the_command_votes(world):
             assert np.array_equal(row["sepl"], slow_sepl([whole(s, cam.shape[1:]) for s in segments], row["crf"])) and not np.array_equal(row["sepl"], row["crf"])
             assert set(np.unique(row["sams_crf"])) <= set(label)
     note = json.loads((out / "sams.json").read_text())
-    assert note["without_segments"] == 1 and note["vote"] == "sams" and note["power"] == 0.6 and note["crf"] is None
+    assert (note["without_segments"], note["vote"], note["background"], note["value"], note["crf"]) == (1, "sams", "power", 0.6, None)
+    assert note["pixels"] == {"background": "constant", "value": 0.3} and note["segments"] == {"folder": str(out / "segments"), "source": "slic", "weights": None}
+    note = json.loads((out / "sepl.json").read_text())
+    assert (note["without_segments"], note["vote"], note["background"], note["value"], note["crf"]) == (1, "sepl", "constant", 0.3, "deeplab") and "pixels" not in note
     assert json.loads((out / "crf.json").read_text())["args"]["vote"] is None and "vote" not in json.loads((out / "crf.json").read_text())
 
 
@@ -332,6 +417,9 @@ def test_what_goes_on_and_what_is_refused(world):
     again = call("make_pseudo.py", *flags)                                          # nothing is left to do: still counted
     assert "1 without segments" in again.stdout
     refused(call("make_pseudo.py", *flags, "--vote", "sepl"), "pseudo was made with", "--vote sams (now sepl)")
+    (out / "again").mkdir()
+    spelt = call("make_pseudo.py", *flags[:-1], out / "again/../segments")          # another spelling of the same folder
+    assert spelt.returncode == 0 and "1 without segments" in spelt.stdout, spelt.stderr
     (out / "segments/recipe.json").write_text('{"fingerprint": "second"}')
     refused(call("make_pseudo.py", *flags), "made from another segments")
     (out / "segments/a_4.npz").unlink()
@@ -341,6 +429,35 @@ def test_what_goes_on_and_what_is_refused(world):
     refused(call("make_pseudo.py", *flags, "--pseudo", "new"), "a_4.png holds no segments of its picture", "9x9")
     for wrong in (["--segments", "x", "--vote", "sepl", "--power", "1"], ["--vote", "sams"], ["--segments", "x", "--crf", "--ignore-below", ".5"]):
         assert call("make_pseudo.py", *flags[:-2], *wrong).returncode == 2
+
+
+def test_others_segments_that_were_replaced_are_noticed(world):
+    voc, out = world
+    foreign, folder = out / "foreign", data.Folder(voc)
+    for id in LABELS:
+        (foreign / id).mkdir(parents=True)
+        h, w = folder.image(id).shape[1:]
+        for n in (0, 1):
+            Image.fromarray((np.arange(w) // 20 % 2 == n)[None].repeat(h, 0)).save(foreign / id / f"{n}.png")
+    flags = ["--data", voc, "--out", out, *SHARED, "--segments"]
+    assert call("make_pseudo.py", *flags, foreign).returncode == 0
+    note, before = json.loads((out / "pseudo/recipe.json").read_text())["args"]["inputs"]["segments"], masks(out)
+    assert note == common.folder_fingerprint(foreign) and json.loads((out / "pseudo.json").read_text())["segments"]["source"] is None
+    (foreign / "a_1/.thumbnail.png").write_bytes(b"")                               # what a file browser leaves is no segment
+    foreign.rename(out / "moved")
+    assert call("make_pseudo.py", *flags, out / "moved").returncode == 0            # the same files elsewhere
+    path = out / "moved/a_5/1.png"
+    content, time, renamed = path.read_bytes(), path.stat().st_mtime_ns, path.with_name("2.png")
+    kept = lambda at: os.utime(path, ns=(at, at))
+    for change in (lambda: kept(time + 10**6), lambda: (path.write_bytes(content + b" "), kept(time)), lambda: path.rename(renamed), path.unlink):
+        change()
+        refused(call("make_pseudo.py", *flags, out / "moved"), "made from another segments", "--no-resume")
+        renamed.unlink(missing_ok=True), path.write_bytes(content), kept(time)
+        assert common.folder_fingerprint(out / "moved") == note
+    Image.new("1", (40, 30)).save(path)                                             # a segment less: the other is the only one
+    assert call("make_pseudo.py", *flags, out / "moved", "--no-resume").returncode == 0
+    again = masks(out)
+    assert np.array_equal(again["a_1"], before["a_1"]) and not np.array_equal(again["a_5"], before["a_5"])
 
 
 # ---------------------------------------------------------------- make_segments.py, superpixels
@@ -364,7 +481,7 @@ def test_superpixels_are_partitions_and_a_run_goes_on(voc, tmp_path):
     total = 0
     for id in LABELS:
         size = folder.image(id).shape[1:]
-        segments = data.load_segments(data.segments_of(out / "segments", id), size)
+        segments = load_segments(segments_of(out / "segments", id), size)
         assert (sum(whole(s, size).astype(int) for s in segments) == 2).all()       # every pixel is in one of each scale
         total += len(segments)
     note = json.loads((out / "segments.json").read_text())
@@ -372,25 +489,8 @@ def test_superpixels_are_partitions_and_a_run_goes_on(voc, tmp_path):
     refused(call("make_segments.py", *flags, out, "--scales", "5"), "was made with --scales")
     before = files(out / "segments")
     assert call("make_segments.py", *flags, out, "--scales", "5", "--no-resume").returncode == 0 and files(out / "segments") != before
-    assert call("make_segments.py", *flags, out, "--source", "slic", "--scales", "9", "--segments", "slic").returncode == 0
+    assert call("make_segments.py", *flags, out, "--min-area", "100", "--source", "slic", "--scales", "9", "--segments", "slic").returncode == 0
     assert len(files(out / "slic")) == 5
-
-
-def test_two_processes_make_what_one_makes(voc, tmp_path):
-    pytest.importorskip("skimage")
-    for out in (tmp_path / "one", tmp_path / "two"):
-        shutil.rmtree(out, ignore_errors=True)
-    put_maps(voc, tmp_path / "one")
-    shutil.copytree(tmp_path / "one", tmp_path / "two")
-    jobs = lambda out: [("make_segments.py", "--data", voc, "--out", out, *SHARED, *FELZENSZWALB),
-                        ("make_pseudo.py", "--data", voc, "--out", out, *SHARED, "--segments", out / "segments")]
-    for job in jobs(tmp_path / "one"):
-        assert call(*job).returncode == 0
-    run_together(jobs(tmp_path / "two"), tmp_path)
-    assert len(files(tmp_path / "one/segments")) == 5 and files(tmp_path / "one/segments") == files(tmp_path / "two/segments")
-    assert equal(masks(tmp_path / "one"), masks(tmp_path / "two"))
-    counts = [{k: v for k, v in json.loads((tmp_path / name / "segments.json").read_text()).items() if k not in ("args", "versions")} for name in ("one", "two")]
-    assert counts[0] == counts[1]
 
 
 def test_a_missing_library_is_one_line(voc, tmp_path, monkeypatch):
@@ -400,6 +500,53 @@ def test_a_missing_library_is_one_line(voc, tmp_path, monkeypatch):
             patch.setitem(sys.modules, module, None)
             refused(call("make_segments.py", "--data", voc, "--out", tmp_path / "out", *SHARED, "--source", source), f"pip install {package}")
     assert not (tmp_path / "out/segments").exists()
+
+
+@pytest.mark.parametrize("flags,word", [
+    ("--source slic --scales 0.3", "--scales of slic"), ("--source slic --scales 9 0.9", "--scales of slic"), ("--source slic --min-area 20", "--min-area does not go with --source slic"),
+    ("--source felzenszwalb --nms 0.5", "--nms does not go with --source felzenszwalb"), ("--source slic --no-whole-first", "--whole-first does not"), ("--source slic --sam x", "--sam does not"),
+    ("--scales 5", "--scales does not go with --source sam"), ("--stability 92", "--stability"), ("--stability -0.1", "--stability"), ("--pred-iou 86", "--pred-iou"),
+    ("--pred-iou nan", "--pred-iou"), ("--nms 70", "--nms"), ("--nms -1", "--nms")])
+def test_flags_that_say_nothing_or_nonsense_are_refused(voc, tmp_path, flags, word):
+    done = call("make_segments.py", "--data", voc, "--out", tmp_path / "out", *SHARED, *flags.split())
+    assert done.returncode == 2 and word in done.stderr and not (tmp_path / "out").exists()
+
+
+def test_weights_are_all_shards(tmp_path):
+    shards = [tmp_path / f"model-0000{n}-of-00002.safetensors" for n in (1, 2)]
+    for n, path in enumerate(shards):
+        path.write_bytes(bytes([n]))
+    was = make_segments.weights(tmp_path)
+    assert was == f"{common.fingerprint(shards[0])} {common.fingerprint(shards[1])}"
+    (tmp_path / "pytorch_model.bin").write_bytes(b"not what is read")
+    assert make_segments.weights(tmp_path) == was
+    shards[1].write_bytes(b"other")
+    assert make_segments.weights(tmp_path) != was
+    for path in shards:
+        path.unlink()
+    assert make_segments.weights(tmp_path) == common.fingerprint(tmp_path / "pytorch_model.bin") and make_segments.weights("facebook/none") == "facebook/none"
+
+
+def test_crops_have_an_area_and_cover_the_picture():
+    for size in ((1, 1), (2, 300), (300, 2), (3, 5), (60, 90), (375, 500)):
+        for layers in (0, 1, 2):
+            found = list(make_segments.crops(size, layers))
+            assert found[0] == (0, (0, 0, *size)) and all(0 <= top < bottom <= size[0] and 0 <= left < right <= size[1] for _, (top, left, bottom, right) in found), (size, layers)
+            for layer in range(layers + 1):
+                seen = np.zeros(size, bool)
+                for _, (top, left, bottom, right) in [crop for crop in found if crop[0] == layer]:
+                    seen[top:bottom, left:right] = True
+                assert seen.all() and (min(size) < 9 or sum(n == layer for n, _ in found) == 4 ** layer)
+
+
+def test_only_a_higher_level_hides_a_segment():
+    part, same, third = np.zeros((3, H, W), bool)
+    part[2:12, 2:12], same[2:12, 2:11], third[2:12, 2:5] = True, True, True         # `same` and `third` lie in `part`, third covers .3 of it
+    left = lambda levels, share: [s.level for s in make_segments.uncovered(packed([part, same, third], levels), share)]
+    for level in (0, 1, 2):
+        assert left([level] * 3, 0.1) == [level] * 3
+    assert left([0, 0, 2], 0.3) == [2] and left([0, 0, 2], 0.31) == [2, 0] and left([0, 0, 2], 0.35) == [2, 0, 0]      # of 100 and of 90 pixels 30
+    assert left([2, 1, 0], 1) == [2] and left([0, 1, 2], 0.31) == [2, 0]             # what is hidden itself hides nothing: part stays
 
 
 # ---------------------------------------------------------------- make_segments.py, SAM
@@ -542,9 +689,9 @@ def test_the_whole_and_what_was_clean_are_preferred(monkeypatch):
         monkeypatch.setattr(make_segments.Sam, "in_crop", lambda self, image, crop, points: segments)
         return [(s.level, s.score) for s in segmenter(np.zeros((60, 90, 3), np.uint8))]
 
-    part, same = data.segment(square, 0, 0.75, 1), data.segment(square, 2, 0.5, 1)
+    part, same = segment(square, 0, 0.75, 1), segment(square, 2, 0.5, 1)
     assert left([part, same]) == [(2, 0.5)] and left([part, same], whole_first=False) == [(0, 0.75)]
-    dirty = data.segment(spotted, 1, 0.875, 1)
+    dirty = segment(spotted, 1, 0.875, 1)
     assert left([dirty, part]) == [(1, 0.875), (0, 0.75)] and left([dirty, part], min_area=20) == [(0, 0.75)]
 
 
@@ -555,11 +702,11 @@ def test_small_islands_and_holes_go_exactly():
         if n > 5:                                                                   # a strip beside the box that is large, or small, only beyond it
             mask[:] = False
             mask[1 + n % 3:, 2:W - n % 4], mask[8:11, 2:5] = True, False
-        got = make_segments.clean(data.segment(mask, 2, 0.5, 0.25), 12, (H, W))
+        got = make_segments.clean(segment(mask, 2, 0.5, 0.25), 12, (H, W))
         assert np.array_equal(whole(got), naive_clean(mask, 12)) and (got.level, got.score, got.stability) == (2, 0.5, 0.25)
     square = np.zeros((H, W), bool)
     square[3:8, 3:8] = True
-    s = data.segment(square)
+    s = segment(square)
     assert make_segments.clean(s, 12, (H, W)) is s and make_segments.clean(s, 30, (H, W)) is s                   # 24 pixels around the box are no hole
 
 

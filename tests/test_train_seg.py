@@ -123,7 +123,7 @@ def test_batchnorm_trains_from_nothing_and_on_demand(world, tmp_path):
 def test_what_is_saved_loads_and_says_what_it_is(world):
     content = torch.load(world / "out/seg.pt", weights_only=True)
     assert content["stage"] == "seg" and content["classes"] == ["train", "boat", "cow"]
-    assert content["args"]["inputs"] == {"init": common.fingerprint(TRUNK), "masks": None}
+    assert content["args"]["inputs"] == {"init": common.fingerprint(TRUNK), "masks": common.folder_fingerprint(world / "masks")}
     assert segmenter.load_segmenter(world / "out/seg.pt")(torch.rand(1, 3, 30, 40)).shape == (1, 4, 30, 40)
 
 

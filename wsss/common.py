@@ -383,12 +383,23 @@ def read_json(path):
 def inputs(**paths):
     """Fingerprints of what a stage reads, kept with its arguments: other weights, or a folder of another recipe, are another recipe.
 
-    A name to download has none, nor has a folder that is not ours."""
+    Of a folder that is not ours it is of the names, sizes and times of its files. A text that is no file is a name to download, and has none."""
     found = {}
     for name, path in paths.items():
         note = Path(path) / "recipe.json"
-        found[name] = fingerprint(path) if Path(path).is_file() else read_json(note).get("fingerprint") if note.exists() else None
+        found[name] = (fingerprint(path) if Path(path).is_file() else read_json(note).get("fingerprint") if note.exists()
+                       else folder_fingerprint(path) if isinstance(path, Path) and path.is_dir() else None)
     return found
+
+
+def folder_fingerprint(folder):
+    """The same of a folder's files below it, by name, size and time of the last change: their contents may be many gigabytes."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("[!.]*")):
+        if path.is_file():
+            facts = path.stat()
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
 
 
 def load(path, stage=None, classes=None, map_location="cpu"):

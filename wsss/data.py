@@ -1,4 +1,4 @@
-"""Data folders in VOC layout: lists, labels, class names and texts, pictures, masks, maps, segments.
+"""Data folders in VOC layout: lists, labels, class names and texts, pictures, masks, maps.
 
     folder = data.Folder("data/toy")              # VOC, COCO prepared, the toy world or your own pictures
     ids = folder.ids("train")                     # ImageSets/Segmentation/train.txt
@@ -18,7 +18,6 @@ import re
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -666,147 +665,6 @@ def add_background(cam, rule="constant", value=0.43):
     else:
         background = (1 - cam.amax(dim=0, keepdim=True)).clamp(min=0) ** value
     return torch.cat([background, cam])
-
-
-# ---------------------------------------------------------------- segments
-
-class Segment(NamedTuple):
-    """One boolean mask of a picture, as bits inside its box: hundreds of a large picture fit, and work on one costs its box, not the picture."""
-    box: tuple                          # top, left, bottom, right; the last two are outside
-    bits: np.ndarray                    # np.packbits of the mask in the box, row by row
-    level: int = 0                      # 0 part, 1, 2 whole (SAM); the higher is painted later
-    score: float = float("nan")         # SAM's estimate of its IoU, and its stability
-    stability: float = float("nan")
-
-    @property
-    def where(self):
-        """Slices of the box: picture[segment.where][segment.mask] are the segment's pixels."""
-        return slice(self.box[0], self.box[2]), slice(self.box[1], self.box[3])
-
-    @property
-    def mask(self):
-        """(h, w) bool, the mask in its box."""
-        h, w = self.box[2] - self.box[0], self.box[3] - self.box[1]
-        return np.unpackbits(self.bits, count=h * w).reshape(h, w).view(bool)
-
-
-def segment(mask, level=0, score=float("nan"), stability=float("nan"), corner=(0, 0)):
-    """Boolean mask (h, w) whose first pixel is `corner` of the picture -> Segment in its tightest box; an empty mask is an error."""
-    rows, columns = (np.flatnonzero(mask.any(axis)) for axis in (1, 0))
-    top, left, bottom, right = int(rows[0]), int(columns[0]), int(rows[-1]) + 1, int(columns[-1]) + 1
-    box = (top + corner[0], left + corner[1], bottom + corner[0], right + corner[1])
-    return Segment(box, np.packbits(mask[top:bottom, left:right]), int(level), float(score), float(stability))
-
-
-def label_segments(labels):
-    """Label map (H, W) of whole numbers -> a Segment for each number in it, 0 too."""
-    order = labels.ravel().argsort(kind="stable")                          # pixels of one label lie together: no (S, H, W) is made
-    values = labels.ravel()[order]
-    found = []
-    for pixels in np.split(order, np.flatnonzero(np.diff(values)) + 1):
-        y, x = np.divmod(pixels, labels.shape[1])
-        top, left, bottom, right = (int(n) for n in (y.min(), x.min(), y.max() + 1, x.max() + 1))
-        mask = np.zeros((bottom - top, right - left), bool)
-        mask[y - top, x - left] = True
-        found.append(Segment((top, left, bottom, right), np.packbits(mask)))
-    return found
-
-
-def save_segments(path, size, segments):
-    """Segments of one picture of `size` (H, W) -> compressed .npz of plain arrays: size, boxes, bits, level, score, stability."""
-    column = lambda name, dtype, shape=(-1,): np.array([getattr(s, name) for s in segments], dtype).reshape(shape)
-    bits = np.concatenate([np.zeros(0, np.uint8), *(s.bits for s in segments)])
-    with atomic(path) as beside, open(beside, "wb") as file:
-        np.savez_compressed(file, size=np.array(size, np.int32), boxes=column("box", np.int32, (-1, 4)), bits=bits, level=column("level", np.uint8),
-                            score=column("score", np.float32), stability=column("stability", np.float32))
-
-
-def segments_of(folder, id):
-    """Where `folder` keeps the segments of one picture: <id>.npz (ours), .pkl (FMA-WSSS), .png (label map), <id>/ (binary masks); None: nowhere."""
-    files = (Path(folder) / f"{id}{ending}" for ending in (".npz", ".pkl", ".png"))
-    return next((path for path in files if path.is_file()), Path(folder) / id if (Path(folder) / id).is_dir() else None)
-
-
-def load_segments(path, size):
-    """Segments of a picture of `size` (H, W), from what `segments_of` found -> list of Segment."""
-    path = Path(path)
-    read = {".npz": read_packed, ".pkl": read_fma, ".png": read_label_map}[path.suffix] if path.is_file() else read_masks
-    try:
-        return read(path, tuple(size))
-    except Exception as error:                                             # zip, numpy, pickle and PIL each raise what a foreign file's bytes provoke
-        raise ValueError(f"{path} holds no segments of its picture ({(str(error).splitlines() or [type(error).__name__])[0]}): "
-                         "make them again, or give another --segments") from None
-
-
-def read_packed(path, size):
-    """What save_segments wrote."""
-    with np.load(path, allow_pickle=False) as file:
-        of, boxes, bits, level, score, stability = (file[name] for name in ("size", "boxes", "bits", "level", "score", "stability"))
-    kinds = [(boxes, "i", (len(boxes), 4)), (bits, "u", (bits.size,)), (level, "u", (len(boxes),)), (score, "f", (len(boxes),)), (stability, "f", (len(boxes),))]
-    if any(array.dtype.kind != kind or array.shape != shape for array, kind, shape in kinds) or bits.dtype != np.uint8:
-        raise ValueError("its arrays are not those that make_segments.py writes")
-    same_size(of.tolist(), size)
-    corners, ends = boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64)
-    lengths = -(-(ends - corners).prod(1) // 8)
-    if (corners < 0).any() or (corners >= ends).any() or (ends > size).any() or lengths.sum() != len(bits):
-        raise ValueError("its boxes do not fit its masks")
-    parts = np.split(bits, lengths.cumsum()[:-1]) if len(boxes) else []
-    found = [Segment(tuple(box), *rest) for box, *rest in zip(boxes.tolist(), parts, level.tolist(), score.tolist(), stability.tolist())]
-    if not all(s.mask.any() for s in found):
-        raise ValueError("a mask is empty")
-    return found
-
-
-def read_fma(path, size):
-    """FMA-WSSS's <id>.pkl, or a list as SAM's own generator gives it: dicts with `segmentation`, an array (H, W) or run lengths down the columns, and `level`."""
-    found = []
-    with open(path, "rb") as file:
-        for each in FmaReader(file).load():
-            mask = each["segmentation"]
-            if isinstance(mask, dict):                                     # first the number of pixels outside, then inside, ...
-                same_size(mask["size"], size)
-                if sum(mask["counts"]) != size[0] * size[1] or min(mask["counts"]) < 0:
-                    raise ValueError("its run lengths do not fill the picture")
-                mask = np.repeat(np.arange(len(mask["counts"])) % 2 == 1, mask["counts"]).reshape(size[::-1]).T
-            found += checked(mask, size, each.get("level", 0), each.get("predicted_iou", np.nan), each.get("stability_score", np.nan))
-    return found
-
-
-def read_label_map(path, size):
-    """A PNG of segment numbers, of 8 or 16 bits. Every number is a segment, 0 too."""
-    labels = read_numbers(path)
-    same_size(labels.shape, size)
-    return label_segments(labels)
-
-
-def read_masks(path, size):
-    """A folder of black and white PNGs, a segment each, as SAM's amg.py writes it; its metadata.csv is not needed."""
-    found = []
-    for file in sorted(path.glob("*.png")):
-        values = read_numbers(file)
-        if ((values != 0) & (values != values.max())).any():
-            raise ValueError(f"{file.name} is not black and white")
-        found += checked(values != 0, size)
-    return found
-
-
-def read_numbers(path):
-    with Image.open(path) as image:
-        if image.mode not in ("1", "L", "P", "I", "I;16"):
-            raise ValueError(f"{path.name} has mode {image.mode}, not a number a pixel")
-        return np.array(image)
-
-
-def checked(mask, size, *facts):
-    """[Segment] of a whole picture's mask, [] if it is empty."""
-    same_size(np.shape(mask), size)
-    mask = np.asarray(mask, bool)
-    return [segment(mask, *facts)] if mask.any() else []
-
-
-def same_size(found, size):
-    if tuple(found) != tuple(size):
-        raise ValueError(f"of {found[1]}x{found[0]} pixels, its picture has {size[1]}x{size[0]}" if len(found) == 2 else f"of shape {tuple(found)}")
 
 
 # ---------------------------------------------------------------- whole pictures
