@@ -424,7 +424,7 @@ def test_set_loss_is_the_librarys(mask2former, monkeypatch):
     _, classes, masks = mask2former(images)
     labels = [m.unique() for m in maps]
     monkeypatch.setattr(torch, "rand", lambda *size, **how: points[size[-2]].expand(*size).clone())
-    parts = train_seg.set_loss(classes, masks, maps, torch.tensor([0, 1]), (0, 1), config, ONE)
+    parts = train_seg.set_loss(classes, masks, maps, torch.tensor([0, 1]), 0, 1, config, ONE)
     want = mask2former.network(pixel_values=(images - mask2former.mean) / mask2former.std, class_labels=labels,
                                mask_labels=[(m == found[:, None, None]).float() for m, found in zip(maps, labels)]).loss
     monkeypatch.undo()
@@ -444,7 +444,7 @@ def test_what_lies_under_255_changes_nothing(mask2former):
 
     def loss(masks):
         masks = masks.clone().requires_grad_()
-        parts = train_seg.set_loss(classes, masks, maps, torch.tensor([0, 1]), (0, 1), mask2former.network.config, ONE)
+        parts = train_seg.set_loss(classes, masks, maps, torch.tensor([0, 1]), 0, 1, mask2former.network.config, ONE)
         return torch.stack(list(parts.values())), torch.autograd.grad(sum(parts.values()), masks)[0]
 
     other, seen = masks.clone(), masks.clone()
@@ -458,7 +458,7 @@ def test_a_picture_without_a_label_has_no_loss(mask2former):
     torch.manual_seed(2)
     classes, masks, maps = torch.randn(3, 2, 10, 5).requires_grad_(), torch.randn(3, 2, 10, 24, 24).requires_grad_(), label_maps()
     maps[1] = 255
-    loss = lambda n: train_seg.set_loss(classes[:, :n], masks[:, :n], maps[:n], torch.arange(n), (0, 1), mask2former.network.config, ONE)
+    loss = lambda n: train_seg.set_loss(classes[:, :n], masks[:, :n], maps[:n], torch.arange(n), 0, 1, mask2former.network.config, ONE)
     both, one = loss(2), loss(1)
     assert all(both[k].item() == pytest.approx(one[k].item(), rel=1e-6) for k in one)
     for x in torch.autograd.grad(sum(both.values()), [classes, masks]):                      # zero, not absent: a process may have only such pictures
