@@ -234,7 +234,8 @@ def main():
     _, begin = common.load_state(last, model, optimizer, schedule, scaler, args)
     network = env.parallel(model.train())
     clamp = (lambda ce, known: losses.clamp_losses(ce, known, args.clamp_start, args.clamp_tile, env.sum)) if args.clamp_start else lambda ce, known: ce
-    contrast = (lambda coarse, v, masks: region_loss(coarse, v, masks, model.prototypes, args.tau_rsc, env, batches.batch_size)) if decoder and args.lambda_rsc else None
+    contrast = ((lambda coarse, v, masks: region_loss(coarse, v, masks, model.prototypes, args.tau_rsc, env, batches.batch_size))
+                if decoder and args.lambda_rsc else None)
     config = model.network.config if sets else None
     weights = ({"classes": config.class_weight, "masks": config.mask_weight, "dice": config.dice_weight} if sets else
                {"ce": args.lambda_ce, "rsc": args.lambda_rsc})                  # VPL Eq. 14; DeepLab and Segmenter have the first term only

@@ -136,7 +136,7 @@ def test_the_network_learns(world, tmp_path):
     for id in LABELS:
         mask = data.load_mask(tmp_path / "masks" / f"{id}.png")
         Image.fromarray(data.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
-    done = call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--train-batchnorm", "--iterations", "40", "--batch-size", "5", "--min-scale", "1", "--max-scale", "1"))
+    done = call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--train-batchnorm", "--iterations", "28", "--batch-size", "5", "--min-scale", "1", "--max-scale", "1"))
     assert done.returncode == 0, done.stderr
     log = rows(tmp_path / "out/seg.jsonl")
     assert log[-1]["loss"] < log[0]["loss"] / 4 and log[-1]["accuracy"] > 0.9 and log[-1]["foreground"] > 0.1
@@ -559,7 +559,7 @@ def test_networks_learn_two_pictures(world, tmp_path, model):
     for id in LABELS:
         mask = data.load_mask(tmp_path / "masks" / f"{id}.png")
         Image.fromarray(data.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
-    done = call("train_seg.py", *network_flags(tmp_path, tmp_path / "out", model, "--iterations", "20", "--limit", "2", "--optimizer", "adamw", "--lr", "3e-3",
+    done = call("train_seg.py", *network_flags(tmp_path, tmp_path / "out", model, "--iterations", "16", "--limit", "2", "--optimizer", "adamw", "--lr", "3e-3",
                                                "--min-scale", "1", "--max-scale", "1", *(["--clamp-start", "0"] if model == "segmenter_toy" else [])))
     assert done.returncode == 0, done.stderr
     log = rows(tmp_path / "out/seg.jsonl")
