@@ -34,7 +34,10 @@ from wsss import clip_model, common, data, gradcam, losses, mask2former, segment
 
 # What each paper trains its network with; a toy network takes its big sister's. VPL gives neither rate nor crop: ours, and WeCLIP's.
 # 264,500 steps of 4 are WeakTr's 100 epochs of train_aug. Of scales SemPLeS says nothing; the decay of Mask2Former is that of its own paper.
-# Differs from the paper: in WeakTr's code SGD's momentum is Nesterov's, and the rate ends at 1e-5, not at 0.
+# Differs from the paper: in WeakTr's code SGD's momentum is Nesterov's, and the rate ends at 1e-5, not at 0. Scales are there of pictures whose shorter
+# side is 520, x .5 to 2 in training and x .5 to 1.75 at test; here they are of the picture itself, whose shorter side is about 375 in VOC: objects are 1.4 times
+# smaller in both. --min-scale .7 --max-scale 2.8 here and 1.4 times its --scales in eval.py come close. Its PhotoMetricDistortion is missing, and its second
+# try of a crop of which one class takes more than .75. On COCO that code has 256 epochs of batches of 16 at a rate of 1e-3; here the values are VOC's.
 PAPERS = {
     "deeplab": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "optimizer": "sgd", "lr": 2.5e-4, "weight_decay": 5e-4, "crop": 321, "max_scale": 1.5},
     "segmenter": {"init": "imagenet", "batch_size": 4, "iterations": 264_500, "optimizer": "sgd", "lr": 1e-4, "weight_decay": 0.0, "crop": 480, "max_scale": 2.0,
@@ -63,7 +66,7 @@ def parse():
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="SGD, momentum 0.9, if not given, for Mask2Former AdamW; AdamW moves a fresh decoder in few steps")
     g.add_argument("--weight-decay", type=float, help=f"decay{papers('weight_decay')}")
     g.add_argument("--crop", type=common.positive, help="side of the random crop in pixels, for DeepLab best a multiple of its stride plus 1, "
-                   f"for Mask2Former a multiple of 32{papers('crop')}")
+                   f"for Segmenter a multiple of its patch, and its window at test, for Mask2Former a multiple of 32{papers('crop')}")
     g.add_argument("--min-scale", type=float, default=0.5, help="before the crop, a picture is resized by a random factor from this ...")
     g.add_argument("--max-scale", type=float, help=f"... to this{papers('max_scale')}")
     g.add_argument("--log-every", type=common.positive, default=20, help="steps between two lines of the log")
@@ -87,8 +90,11 @@ def parse():
         p.error("--width is a multiple of 8, --tau-rsc above 0")
     if not 0 < args.min_scale <= args.max_scale:
         p.error("--min-scale is above 0 and at most --max-scale")
-    if args.model in mask2former.NAMES and args.crop % mask2former.Mask2Former.stride:
-        p.error(f"--crop of a Mask2Former is a multiple of {mask2former.Mask2Former.stride}")
+    unit = mask2former.Mask2Former.stride if args.model in mask2former.NAMES else segmenter.SEGMENTER.get(args.model, {"patch": 1})["patch"]
+    if args.crop % unit:
+        p.error(f"--crop of {args.model} is a multiple of {unit}")
+    if args.train_batchnorm and not args.model.startswith("deeplab"):
+        p.error(f"--train-batchnorm is DeepLab's: {args.model} has none")
     if args.train_batchnorm is None:
         args.train_batchnorm = args.init == "none" and args.model.startswith("deeplab")   # the others have none
     return args
@@ -135,14 +141,26 @@ def pixel_loss(logits, target, clamp=lambda ce, known: ce):
     return common.mean(clamp(F.cross_entropy(logits.float(), target, ignore_index=data.IGNORE, reduction="none"), known), known)
 
 
-def set_loss(classes, masks, label_maps, numbers, seed, config, env):
+def pixel_losses(logits, more, masks, clamp, contrast):
+    """The losses of a network of pixels: the cross-entropies of all its `logits`, summed, and what `contrast` says to its other outputs, if it is one."""
+    ce = sum(pixel_loss(z, on_grid(masks, z.shape[2:]), clamp) for z in logits)
+    return {"ce": ce, "rsc": contrast(*more, masks) if contrast else 0 * ce}
+
+
+def set_loss(classes, masks, label_maps, numbers, seed, step, config, env):
     """Mask2Former's three losses, sums over its L decoder layers of means over all processes.   (L, B, Q, 2 + C), (L, B, Q, h, w), (B, H, W)"""
     # Differs from the paper: it draws points for every mask and layer. Here a picture has its own, from (seed, step, picture): the same in any process.
-    generators = (torch.Generator().manual_seed(hash((*seed, n)) & 0x7FFFFFFFFFFFFFFF) for n in numbers.tolist())
-    pictures = [losses.set_losses(*picture, config, generator) for *picture, generator in zip(classes.unbind(1), masks.unbind(1), label_maps, generators)]
+    draw = lambda n: torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_000_003 + n) % 2 ** 63)
+    pictures = [losses.set_losses(classes[:, i], masks[:, i], label_maps[i], config, draw(n)) for i, n in enumerate(numbers.tolist())]
     ce, weight, bce, dice = (torch.cat(part, 1) for part in zip(*pictures))     # (L, B Q) twice, (L, masks) twice
     ce = (weight * ce).sum() * env.world / env.sum(weight.sum()).clamp(min=1e-6)
     return {"classes": len(masks) * ce, "masks": len(masks) * common.mean(bce), "dice": len(masks) * common.mean(dice)}
+
+
+def folder_fingerprint(init):
+    """Of the files that transformers reads in the folder it starts from; None where --init is none."""
+    files = [path for path in sorted(Path(init).glob("*")) if path.name == "config.json" or path.suffix in (".safetensors", ".bin")]
+    return " ".join(f"{path.name} {common.fingerprint(path)}" for path in files) or None
 
 
 def build(args, folder, env):
@@ -153,7 +171,7 @@ def build(args, folder, env):
         whole = common.load(init, "seg", folder.classes)                        # of these classes, in this order
     if args.model in mask2former.NAMES:
         if init and Path(init).is_file():
-            return mask2former.rebuild_mask2former(whole or {}, init).to(env.device)
+            return mask2former.rebuild_mask2former(whole or {}, init, args.model).to(env.device)
         model = mask2former.build_mask2former(args.model, len(folder.classes), init).to(env.device)
         if env.main and model.origin:
             print(model.origin)
@@ -195,6 +213,8 @@ def main():
     decoder = {"clip": args.clip, "prototypes": args.out / "prototypes.pt"} if args.model == "clip_decoder" else {}
     sets = args.model in mask2former.NAMES
     args.inputs = common.inputs(init=args.init, masks=label_dir, **decoder)
+    if sets and args.inputs["init"] is None:
+        args.inputs["init"] = folder_fingerprint(args.init)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     if args.train_batchnorm and env.world > 1 and env.device.type == "cpu":
@@ -214,26 +234,20 @@ def main():
     _, begin = common.load_state(last, model, optimizer, schedule, scaler, args)
     network = env.parallel(model.train())
     clamp = (lambda ce, known: losses.clamp_losses(ce, known, args.clamp_start, args.clamp_tile, env.sum)) if args.clamp_start else lambda ce, known: ce
-    weights = {"ce": args.lambda_ce, "rsc": args.lambda_rsc}                    # VPL Eq. 14; DeepLab and Segmenter have the first term only
-    if sets:
-        config = model.network.config
-        weights = {"classes": config.class_weight, "masks": config.mask_weight, "dice": config.dice_weight}
+    contrast = ((lambda coarse, v, masks: region_loss(coarse, v, masks, model.prototypes, args.tau_rsc, env, batches.batch_size))
+                if decoder and args.lambda_rsc else None)
+    config = model.network.config if sets else None
+    weights = ({"classes": config.class_weight, "masks": config.mask_weight, "dice": config.dice_weight} if sets else
+               {"ce": args.lambda_ce, "rsc": args.lambda_rsc})                  # VPL Eq. 14; DeepLab and Segmenter have the first term only
+    dense = 4 if args.model.startswith("deeplab") else 1                        # how many of a network's outputs are logits of the labels
     log, meter = common.Log(args.out / "seg.jsonl", args, env, begin), common.Meter(env)
 
     for step, (images, masks, numbers) in env.progress(stream(loader, batches, begin, args.iterations), "seg", args.iterations, begin):
         images, masks = images.to(env.device, non_blocking=True), masks.to(env.device, non_blocking=True)
         with env.autocast():
-            predictions = network(images)                                       # DeepLab, Segmenter: a tuple of (B, 1 + C, h, w)
-        if decoder or sets:
-            logits, *more = predictions
-            predictions = [logits]
-        targets = [on_grid(masks, logits.shape[2:]) for logits in predictions]
-        if sets:
-            parts = set_loss(*more, masks, numbers, (args.seed, step), config, env)
-        else:
-            ce = sum(pixel_loss(logits, target, clamp) for logits, target in zip(predictions, targets))
-            rsc = region_loss(*more, masks, model.prototypes, args.tau_rsc, env, batches.batch_size) if decoder and args.lambda_rsc else 0 * ce
-            parts = {"ce": ce, "rsc": rsc}
+            predictions = network(images)
+        logits, more = predictions[:dense], predictions[dense:]                 # (B, 1 + C, h, w) each
+        parts = set_loss(*more, masks, numbers, args.seed, step, config, env) if sets else pixel_losses(logits, more, masks, clamp, contrast)
         loss = sum(weights[name] * part for name, part in parts.items())
         lr = optimizer.param_groups[0]["lr"]
         scaler.scale(loss).backward()
@@ -242,7 +256,7 @@ def main():
         scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
         with torch.no_grad():
-            label, target = predictions[-1].argmax(1), targets[-1]              # (B, h, w) each
+            label, target = logits[-1].argmax(1), on_grid(masks, logits[-1].shape[2:])            # (B, h, w) each
             scored = target != data.IGNORE
             meter.add(numbers, loss=loss, **parts, accuracy=common.mean((label == target).float(), scored),
                       foreground=common.mean((label > 0).float(), scored), scored=common.mean(scored.float()))
@@ -253,7 +267,8 @@ def main():
             common.save_state(last, model, optimizer, schedule, scaler, 0, step, args)
 
     if env.main:
-        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args), clip=getattr(model, "clip", None), config=getattr(model, "config", None))
+        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args), clip=getattr(model, "clip", None),
+                    config=getattr(model, "config", None), origin=getattr(model, "origin", None))
     env.close(f"{out} is finished")
 
 

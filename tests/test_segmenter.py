@@ -1,6 +1,7 @@
 """DeepLab-v2 against naive loops: stride, summed branches, three scales; Segmenter's head and encoder; Mask2Former against its library;
 parameter groups; what a file of weights may be."""
 import json
+import shutil
 import sys
 from types import ModuleType
 from urllib.error import URLError
@@ -283,6 +284,18 @@ def test_noise_of_segmenter_is_of_training_alone():
     scaled = segmenter.Block.drop(block, torch.ones(400, 1, 1)).unique()
     assert scaled.tolist() == [0, 2] and 0.6 < kept.flatten(1).any(1).float().mean() < 0.9                # two branches, each half the time
     assert torch.equal(block.eval()(x), block(x)) and not (block(x) == x).all()
+    block = segmenter.Block(8, 2, dropout=0.75)
+    assert segmenter.Block.drop(block.train(), torch.ones(4, 3, 8)).unique().tolist() == [0, 4] and torch.equal(block.eval()(x), block(x))
+
+
+def test_deit_small_is_built_as_published():
+    with torch.device("meta"):
+        model = segmenter.build_segmenter("segmenter_deit_small", 20)
+    blocks, layers = model.encoder.blocks, model.layers
+    assert (model.patch, model.grid, len(blocks), len(layers), model.norm.normalized_shape) == (16, 30, 12, 2, (384,))
+    assert {block.attn.heads for block in [*blocks, *layers]} == {6} and {block.mlp.fc1.out_features for block in [*blocks, *layers]} == {1536}
+    assert [block.drop_path for block in blocks] == pytest.approx([0.1 * i / 11 for i in range(12)]) and {block.dropout for block in blocks} == {0.0}
+    assert [(layer.drop_path, layer.dropout) for layer in layers] == [(0.0, 0.1)] * 2
 
 
 @pytest.mark.parametrize("size", [(30, 41), (96, 96), (8, 5)])
@@ -352,9 +365,10 @@ def test_segmenter_starts_from_a_file(tmp_path):
 def test_a_segmenter_comes_back(tmp_path):
     torch.manual_seed(0)
     model = segmenter.build_segmenter("segmenter_toy", 3).eval()
-    path = save(tmp_path / "seg.pt", stage="seg", model=model.state_dict(), classes=["a", "b", "c"], args={"model": "segmenter_toy"})
+    path = save(tmp_path / "seg.pt", stage="seg", model=model.state_dict(), classes=["a", "b", "c"], args={"model": "segmenter_toy", "crop": 48})
     images = torch.rand(1, 3, 20, 20)
     assert torch.equal(segmenter.load_segmenter(path)(images), model(images))
+    assert segmenter.load_segmenter(path).window == (48, 32)                                             # the crop of its training
     assert same(segmenter.build_segmenter("segmenter_toy", 3, path).state_dict(), model.state_dict())
     with pytest.raises(ValueError, match="does not fit this network.*classes"):
         segmenter.build_segmenter("segmenter_toy", 4, path)
@@ -383,6 +397,17 @@ def test_without_transformers_one_line(monkeypatch):
         monkeypatch.undo()
 
 
+def test_swin_large_is_built_as_published(library):
+    with torch.device("meta"):
+        model = m2f.build_mask2former("mask2former_swin_large", 20)
+    config, swin = model.network.config, model.network.config.backbone_config
+    assert (swin.embed_dim, list(swin.depths), list(swin.num_heads), swin.window_size, swin.image_size) == (192, [2, 2, 18, 2], [6, 12, 24, 48], 12, 384)
+    drops = [getattr(module, "drop_prob", 0) for name, module in model.named_modules() if name.endswith(".drop_path")]
+    assert drops == pytest.approx([0.3 * i / 23 for i in range(24)])                                     # Swin-L of Mask2Former's own paper
+    assert (config.num_labels, config.num_queries, config.decoder_layers, config.encoder_layers, config.hidden_dim, config.train_num_points) == (21, 100, 10, 6, 256, 12544)
+    assert (config.class_weight, config.mask_weight, config.dice_weight, config.no_object_weight) == (2, 5, 5, 0.1)
+
+
 def test_scores_are_classes_times_masks():
     torch.manual_seed(0)
     classes, masks = torch.randn(1, 5, 4), torch.randn(1, 5, 2, 3)                                       # background, two classes, null
@@ -390,6 +415,9 @@ def test_scores_are_classes_times_masks():
     for i, j in ((0, 0), (1, 2)):
         scores = [sum((classes[0, q].exp()[c] / classes[0, q].exp().sum() / (1 + (-masks[0, q, i, j]).exp())).item() for q in range(5)) for c in range(3)]
         assert found[0, :, i, j].tolist() == pytest.approx([s / sum(scores) for s in scores], abs=1e-6)
+    faint = m2f.semantic_logits(classes, masks - 9).exp()                                                # no query is sure of anything here
+    want = torch.einsum("bqc,bqhw->bchw", classes.softmax(2)[..., :3], (masks - 9).sigmoid())
+    assert want.max() < 0.01 and want.min() > 1e-6 and torch.allclose(faint, want, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("size", [(30, 41), (96, 64)])
@@ -421,10 +449,12 @@ def test_mask2former_trains_all_its_layers(mask2former):
     groups = mask2former.groups(1e-4)
     assert [(g["lr"], g.get("weight_decay")) for g in groups] == [(1e-4, None), (1e-4, 0), (1e-5, None), (1e-5, 0)]
     assert sum(w.numel() for g in groups for w in g["params"]) == sum(w.numel() for w in mask2former.parameters() if w.requires_grad)
-    names = {id(w): name for name, w in mask2former.network.named_parameters()}
-    assert all(w.ndim > 1 for g in (groups[0], groups[2]) for w in g["params"])
-    assert "model.transformer_module.queries_features.weight" in {names[id(w)] for w in groups[1]["params"]}
-    assert any(names[id(w)].endswith("relative_position_bias_table") for w in groups[3]["params"])
+    weights = {name: w for name, w in mask2former.network.named_parameters() if w.requires_grad}
+    norms = {name.removesuffix(".weight") for name, w in weights.items() if name.endswith(".weight") and w.ndim == 1}
+    tables = {f"model.transformer_module.{name}.weight" for name in ("queries_embedder", "queries_features", "level_embed")}
+    want = {name for name in weights if name.rpartition(".")[0] in norms or name in tables or name.endswith("relative_position_bias_table")}
+    assert {id(w) for g in (groups[1], groups[3]) for w in g["params"]} == {id(weights[name]) for name in want} and tables < want
+    assert {id(w) for g in groups[2:] for w in g["params"]} == {id(w) for name, w in weights.items() if ".encoder.swin." in name or ".hidden_states_norms." in name}
 
 
 def test_mask2former_comes_back_without_a_network(mask2former, library, tmp_path, monkeypatch):
@@ -436,6 +466,10 @@ def test_mask2former_comes_back_without_a_network(mask2former, library, tmp_path
     with torch.no_grad():
         content = torch.load(path, weights_only=True)
         assert torch.equal(m2f.rebuild_mask2former(content, path).eval()(images), mask2former.eval()(images))
+    with pytest.raises(ValueError, match=r"seg.pt has a backbone of width 16 and depths \[1, 1, 1, 1\], mask2former_swin_large a Swin of 192"):
+        m2f.rebuild_mask2former(content, path, "mask2former_swin_large")
+    with pytest.raises(ValueError, match="its network has 3 classes, its list of classes 4"):
+        m2f.rebuild_mask2former({**content, "classes": ["a", "b", "c", "d"]}, path)
     del content["model"]["network.class_predictor.bias"]
     with pytest.raises(ValueError, match="seg.pt does not fit this network.*class_predictor.bias"):
         m2f.rebuild_mask2former(content, path)
@@ -443,18 +477,20 @@ def test_mask2former_comes_back_without_a_network(mask2former, library, tmp_path
         m2f.rebuild_mask2former({}, TRUNK)
 
 
-def test_mask2former_starts_from_a_swin_or_from_another(library, tmp_path):
+def test_mask2former_starts_from_a_swin_or_from_another(library, tmp_path, monkeypatch):
     import safetensors.torch as safetensors
     torch.manual_seed(1)
-    swin, _ = m2f.MASK2FORMER["mask2former_toy"]
+    swin, rest = m2f.MASK2FORMER["mask2former_toy"]
+    monkeypatch.setitem(m2f.MASK2FORMER, "mask2former_toy", ({**swin, "drop_path_rate": 0.25}, rest))     # of ours, the file's is 0
     classifier = library.SwinForImageClassification(library.SwinConfig(**swin, num_labels=7))
     classifier.save_pretrained(tmp_path / "swin")
     model = m2f.build_mask2former("mask2former_toy", 3, str(tmp_path / "swin"))
     prefix = "network.model.pixel_level_module.encoder."
     read = classifier.swin.state_dict()
     assert model.network.config.backbone_config.window_size == 6 and model.network.config.num_queries == 10
+    assert model.network.config.backbone_config.drop_path_rate == 0.25
     assert all(torch.equal(model.state_dict()[f"{prefix}swin.{name}"], value) for name, value in read.items())
-    assert f"{len(read)} tensors read" in model.origin and "class_predictor (2)" in model.origin and "left out: classifier.bias, classifier.weight" in model.origin
+    assert model.origin.startswith(f"{tmp_path / 'swin'}: {len(read)} tensors read") and "class_predictor (2)" in model.origin and "left out: classifier.bias, classifier.weight" in model.origin
     assert "model.pixel_level_module.encoder (8)" in model.origin                                        # the norms of the four stages
 
     other = m2f.build_mask2former("mask2former_toy", 5)
@@ -469,8 +505,34 @@ def test_mask2former_starts_from_a_swin_or_from_another(library, tmp_path):
     content = safetensors.load_file(tmp_path / "swin/model.safetensors")
     content.pop("swin.embeddings.norm.bias")
     safetensors.save_file(content, tmp_path / "swin/model.safetensors", {"format": "pt"})
-    for init, words in (("wide", "has a Swin of width 32"), ("nothing", "transformers reads no network there"), ("swin", "swin lacks 1 weights.*embeddings.norm.bias")):
+    library.SwinForImageClassification(library.SwinConfig(**{**swin, "window_size": 3})).save_pretrained(tmp_path / "shapes")
+    shutil.copy(tmp_path / "wide/config.json", tmp_path / "shapes")
+    edit(tmp_path / "shapes/config.json", embed_dim=16, hidden_size=128)                                 # and windows of 6
+    shutil.copytree(tmp_path / "swin", tmp_path / "torn")
+    (tmp_path / "torn/model.safetensors").write_bytes((tmp_path / "swin/model.safetensors").read_bytes()[:5000])
+    library.Mask2FormerConfig(backbone_config=library.ResNetConfig(), **rest).save_pretrained(tmp_path / "resnet")
+    reads = "transformers reads no network there"
+    for init, words in (("wide", "has a backbone of width 32 .* a Swin of 16"), ("nothing", reads), ("swin", "swin lacks 1 weights.*embeddings.norm.bias"),
+                        ("resnet", "has a backbone of width None"), ("torn", reads), ("shapes", reads)):
         with pytest.raises(ValueError, match=words):
             m2f.build_mask2former("mask2former_toy", 3, str(tmp_path / init))
     with pytest.raises(ValueError, match="mask2former_toy has no ImageNet weights"):
         m2f.build_mask2former("mask2former_toy", 3, "imagenet")
+
+
+def edit(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def test_a_download_is_named_with_its_commit(library, tmp_path, monkeypatch):
+    swin, _ = m2f.MASK2FORMER["mask2former_toy"]
+    library.SwinForImageClassification(library.SwinConfig(**swin)).save_pretrained(tmp_path)
+    read = library.AutoConfig.from_pretrained
+
+    def downloaded(where):
+        config = read(where)
+        config._commit_hash = "0123abc"
+        return config
+
+    monkeypatch.setattr(library.AutoConfig, "from_pretrained", downloaded)
+    assert m2f.build_mask2former("mask2former_toy", 3, str(tmp_path)).origin.startswith(f"{tmp_path} (0123abc): ")

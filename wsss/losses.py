@@ -223,9 +223,13 @@ def match(classes, x, labels, t, known, config):
     """Mask2Former, matching: in each layer the query for each mask, such that the whole costs least.
     (L, Q, 2 + C), (L, Q, K), (M,), (M, K), (K,) -> queries and their masks (L, min(Q, M)) each"""
     from scipy.optimize import linear_sum_assignment
-    costs = [config.mask_weight * mask_cross_entropy(z, t, known) + config.dice_weight * mask_dice(z, t, known) - config.class_weight * p[:, labels]
-             for z, p in zip(x.unsqueeze(2), classes.softmax(-1))]                    # (Q, M), from z (Q, 1, K)
-    costs = torch.stack(costs).nan_to_num(1e6, 1e6, -1e6).cpu()                       # (L, Q, M); the step waits here for the device
+    x, t = at_least_float32(x, t)
+    s, known_t = x.sigmoid() * known, t * known                                       # (L, Q, K), (M, K)
+    # mask_cross_entropy and mask_dice of every query and mask: by products of matrices, for a pair has no K numbers of its own.
+    ce = ((F.softplus(x) * known).sum(-1, keepdim=True) - x @ known_t.T) / known.sum().clamp(min=1)
+    dice = 1 - (2 * s @ known_t.T + 1) / (s.sum(-1, keepdim=True) + known_t.sum(-1) + 1)
+    costs = config.mask_weight * ce + config.dice_weight * dice - config.class_weight * classes.softmax(-1)[..., labels]
+    costs = costs.nan_to_num(1e6, 1e6, -1e6).cpu()                                    # (L, Q, M); the step waits here for the device
     pairs = [[torch.from_numpy(side) for side in linear_sum_assignment(cost)] for cost in costs]
     return (torch.stack(side).to(labels.device) for side in zip(*pairs))
 
@@ -253,6 +257,7 @@ def set_losses(classes, masks, label_map, config, generator, ignore=255):
     kept = torch.cat([doubtful, torch.arange(tried, len(points), device=labels.device).expand(*mask.shape, -1)], -1)
     x, t, known = (values.gather(-1, kept) for values in (x, t, known))               # (L, M, K) each
 
+    # As in Mask2Former's code a query without a mask learns null, and `ignore` does not excuse it: one that sees a class only there does too.
     target = torch.full(classes.shape[:-1], null, device=labels.device).index_put((layer, query), labels[mask])       # (L, Q)
     weight = torch.where(target == null, config.no_object_weight, 1.0) * (len(labels) > 0)            # a picture without a label has no loss
     ce = F.cross_entropy(classes.transpose(1, 2), target, reduction="none")

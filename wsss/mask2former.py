@@ -57,14 +57,15 @@ class Mask2Former(nn.Module):
         return semantic_logits(classes[-1].detach(), masks[-1].detach()), classes, masks
 
     def groups(self, lr):
-        """For the optimizer: the Swin learns a tenth as fast as the rest; norms, biases and embeddings do not decay."""
+        """For the optimizer: the Swin learns a tenth as fast as the rest; norms, embeddings and the tables of positions do not decay."""
         # From the authors' code, not in the paper: (Mask2Former's) both.
-        tables = {f"{name}.weight" for name, module in self.network.named_modules() if isinstance(module, nn.Embedding)}
+        resting = {f"{name}.{own}" for name, module in self.network.named_modules() if isinstance(module, (nn.LayerNorm, nn.GroupNorm, nn.Embedding))
+                   for own, _ in module.named_parameters(recurse=False)}
         groups = {(swin, decays): {"params": [], "lr": (0.1 if swin else 1) * lr, **({} if decays else {"weight_decay": 0})}
                   for swin in (False, True) for decays in (True, False)}
         for name, weight in self.network.named_parameters():
             if weight.requires_grad:
-                decays = weight.ndim > 1 and name not in tables and not name.endswith("relative_position_bias_table")
+                decays = name not in resting and not name.endswith(("relative_position_bias_table", "position_embeddings"))
                 groups[name.startswith("model.pixel_level_module.encoder."), decays]["params"].append(weight)
         return list(groups.values())
 
@@ -97,10 +98,14 @@ def build_mask2former(name, num_classes, init=None):
     return Mask2Former(plain(config))
 
 
-def rebuild_mask2former(content, path):
-    """The network that a seg.pt holds, from its own configuration: no connection is needed."""
+def rebuild_mask2former(content, path, name=None):
+    """The network that a seg.pt holds, from its own configuration: no connection is needed. Another than `name`, where given, is refused."""
     if not isinstance(content.get("config"), dict):
         raise ValueError(f"{path}: not a Mask2Former of ours (train_seg.py writes seg.pt); of others give the name or the folder")
+    config = transformers().Mask2FormerConfig.from_dict(content["config"])
+    check_swin(path, config.backbone_config, name or content["args"]["model"])
+    if config.num_labels != 1 + len(content["classes"]):
+        raise ValueError(f"{path}: its network has {config.num_labels - 1} classes, its list of classes {len(content['classes'])}: train it again")
     model = Mask2Former(content["config"])
     load_strictly(path, model, content["model"])
     return model
@@ -113,12 +118,11 @@ def start_mask2former(name, num_classes, init):
         raise ValueError(f"segmenter {name} has no ImageNet weights: give a folder that transformers reads, or none")
     init, (swin, rest) = SWIN_LARGE if init == "imagenet" else init, MASK2FORMER[name]
     config = pretrained(library.AutoConfig, init)
+    commit = getattr(config, "_commit_hash", None)                # of a download
     if config.model_type not in ("swin", "mask2former"):
         raise ValueError(f"{init} is a {config.model_type}: {name} starts from a Swin or from a whole Mask2Former")
     whole = config.model_type == "mask2former"
-    found = config.backbone_config if whole else config
-    if (found.embed_dim, list(found.depths)) != (swin["embed_dim"], swin["depths"]):
-        raise ValueError(f"{init} has a Swin of width {found.embed_dim} and depths {list(found.depths)}, {name} one of {swin['embed_dim']} and {swin['depths']}")
+    check_swin(init, config.backbone_config if whole else config, name)
     if whole:
         source, notes = pretrained(library.Mask2FormerForUniversalSegmentation, init, output_loading_info=True)
         prefix, own = "", ("class_predictor.", "criterion.")      # our classes are others
@@ -136,16 +140,24 @@ def start_mask2former(name, num_classes, init):
     fresh = {key: value for key, value in model.network.state_dict().items() if key not in state}
     load_strictly(init, model.network, {**fresh, **state})
     parts = Counter(".".join(key.split(".")[:-1][:3]) for key in fresh)
-    model.origin = (f"{init}: {len(state)} tensors read; fresh are {', '.join(f'{part} ({n})' for part, n in parts.items())}; "
+    model.origin = (f"{init}{f' ({commit})' if commit else ''}: {len(state)} tensors read; fresh are {', '.join(f'{part} ({n})' for part, n in parts.items())}; "
                     f"left out: {', '.join(sorted(notes['unexpected_keys'])) or 'nothing'}")
     return model
+
+
+def check_swin(path, found, name):
+    """Refuses the configuration of another backbone than `name` has: its weights would fit their own network, not the one that is asked for."""
+    want = MASK2FORMER[name][0]
+    width, depths = getattr(found, "embed_dim", None), getattr(found, "depths", None)             # a ResNet has no width
+    if (width, depths and list(depths)) != (want["embed_dim"], want["depths"]):
+        raise ValueError(f"{path} has a backbone of width {width} and depths {depths}, {name} a Swin of {want['embed_dim']} and {want['depths']}")
 
 
 def pretrained(kind, where, **more):
     try:
         return kind.from_pretrained(where, **more)
-    except (OSError, ValueError) as error:                        # no such model, no connection, a folder of something else
-        raise ValueError(f"{where}: transformers reads no network there ({' '.join(str(error).split())[:120]}): "
+    except Exception as error:                                    # no model, no connection, a torn file, other shapes: each raises its own
+        raise ValueError(f"{where}: transformers reads no network there ({' '.join(str(error).split())[:120] or type(error).__name__}): "
                          "give a model's name, with a connection, or the folder of a downloaded one") from None
 
 

@@ -20,6 +20,10 @@ from torchvision.models import ResNet101_Weights, resnet101
 
 DEIT_IMAGENET = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
 NAMES = ("deeplabv2_resnet101", "segmenter_deit_small", "clip_decoder", "deeplab_toy", "segmenter_toy")
+SEGMENTER = {
+    "segmenter_deit_small": dict(width=384, depth=12, heads=6, patch=16, grid=30, window=(480, 320), drop_path=0.1, dropout=0.1),
+    "segmenter_toy": dict(width=64, depth=3, heads=4, patch=8, grid=12, window=(96, 64), drop_path=0.0, dropout=0.0),
+}
 
 
 # ------------------------------------------------------------------------------------------------------- DeepLab-v2
@@ -189,8 +193,9 @@ class Segmenter(nn.Module):
 
     mark = "classes"
 
-    def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=30, window=(480, 320), drop_path=0.1, dropout=0.1, layers=2):
+    def __init__(self, num_classes, width, depth, heads, patch, grid, window, drop_path, dropout, layers=2):
         # From the authors' code, not in the paper: (WeakTr's) DropPath 0.1 in the encoder, dropout 0.1 in the decoder.
+        # Differs from the paper: in that code the decoder's dropout is also inside a branch, of attention weights and of the MLP's hidden layer.
         super().__init__()
         self.patch, self.grid, self.window = patch, grid, window
         self.encoder = Encoder(width, depth, heads, patch, grid, drop_path)
@@ -341,10 +346,8 @@ def build_segmenter(name, num_classes, init=None):
         model = DeepLabV2(dilated_resnet101(), 2048, num_classes, stride=8, dilations=(6, 12, 18, 24))
     elif name == "deeplab_toy":
         model = DeepLabV2(toy_trunk(), 64, num_classes, stride=4, dilations=(1, 2, 4, 6))
-    elif name == "segmenter_deit_small":
-        model = Segmenter(num_classes)
-    elif name == "segmenter_toy":
-        model = Segmenter(num_classes, width=64, depth=3, heads=4, patch=8, grid=12, window=(96, 64), drop_path=0.0, dropout=0.0)
+    elif name in SEGMENTER:
+        model = Segmenter(num_classes, **SEGMENTER[name])
     else:
         raise ValueError(f"segmenter {name}: not one of {', '.join(NAMES)}")
     if init is not None:
@@ -387,6 +390,8 @@ def load_segmenter(path, encode=None):
         model = ClipDecoder(encode, first.shape[1], blocks, state["prototypes"], len(content["classes"]), state["tau"].item(), len(first))
     else:
         model = build_segmenter(args["model"], len(content["classes"]))
+        if args["model"] in SEGMENTER:
+            model.window = args["crop"], 2 * args["crop"] // 3                # pictures as large as in training, a third of them shared
     load_strictly(path, model.load_state_dict, state)
     return model.eval()
 
