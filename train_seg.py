@@ -157,12 +157,6 @@ def set_loss(classes, masks, label_maps, numbers, seed, step, config, env):
     return {"classes": len(masks) * ce, "masks": len(masks) * common.mean(bce), "dice": len(masks) * common.mean(dice)}
 
 
-def folder_fingerprint(init):
-    """Of the files that transformers reads in the folder it starts from; None where --init is none."""
-    files = [path for path in sorted(Path(init).glob("*")) if path.name == "config.json" or path.suffix in (".safetensors", ".bin")]
-    return " ".join(f"{path.name} {common.fingerprint(path)}" for path in files) or None
-
-
 def build(args, folder, env):
     """The network on its device, its BatchNorm settled."""
     init = None if args.init == "none" else args.init
@@ -212,9 +206,8 @@ def main():
     label_dir = args.label_dir or args.out / "pseudo"
     decoder = {"clip": args.clip, "prototypes": args.out / "prototypes.pt"} if args.model == "clip_decoder" else {}
     sets = args.model in mask2former.NAMES
-    args.inputs = common.inputs(init=args.init, masks=label_dir, **decoder)
-    if sets and args.inputs["init"] is None:
-        args.inputs["init"] = folder_fingerprint(args.init)
+    folder_of_weights = sets and Path(args.init).is_dir()                       # as transformers keeps them
+    args.inputs = common.inputs(init=Path(args.init) if folder_of_weights else args.init, masks=label_dir, **decoder)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     if args.train_batchnorm and env.world > 1 and env.device.type == "cpu":

@@ -151,7 +151,8 @@ def test_the_other_hosts_and_networks(shell, monkeypatch, tmp_path, script, vari
     assert (masks["vote"], masks["power"], masks["crf"], masks["segments"].name) == ("sams", power, False, "segments")
     assert (network["model"], network["init"], network["batch_size"], network["iterations"], network["crop"]) == ("mask2former_swin_large", "swin-folder", 4, 80_000, 512)
     network = stages(NET="segmenter")[("train_seg.py",)]
-    assert (network["model"], network["crop"], network["lr"], network["iterations"]) == ("segmenter_deit_small", 480, 1e-4, (10_582 if voc else 82_081) // 4 * 100)
+    assert (network["model"], network["crop"], network["lr"], network["batch_size"], network["iterations"]) == (
+        ("segmenter_deit_small", 480, 1e-4, 4, 10_582 // 4 * 100) if voc else ("segmenter_deit_small", 480, 1e-3, 16, 1_313_000))
 
 
 @pytest.mark.parametrize("script,variable", [("run_voc.sh", "VOC"), ("run_coco.sh", "COCO")])
