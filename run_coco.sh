@@ -38,7 +38,8 @@ shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16) more=("$@")
 if [ "$METHOD$HOST" = semplesclims ]; then
     # hardware, time, score: not yet measured (the paper has no such row).
     # Where the paper gives nothing: lambda is Eq. 3's, times lambda_match. The threshold is CLIMS's, whose masks are IRNet's, here CRF; its code gives SGD
-    # the weight decay for a momentum. CLIMS alone: make_cam.py --source match.
+    # the weight decay for a momentum. CLIMS alone: make_cam.py --source match. INIT is IRN's
+    # res50_cam.pth; a finished CLIMS would be trained on. Thresholds: CLIMS divides its maps by their maximum, here they are min-max scaled.
     sgd="--optimizer sgd --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --batch-size 16 --crop 512 --min-scale 0.5 --no-randaugment --erase 0"
     clims="--train-backbone --lambda-match 2 --lambda-b 7 --lambda-cbs 1.25 --lambda-reg 0.2 --tau-cbs 0.285 --background-texts clims --mask-fill mean"
     stage train_cls.py "${shared[@]}" --split train --generator resnet50 --start "$START" ${INIT:+--init "$INIT"} --train-backbone $sgd --epochs 5 --lr 0.1 $once $small

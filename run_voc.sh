@@ -40,7 +40,8 @@ shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16) more=("$@")
 if [ "$METHOD$HOST" = semplesclims ]; then
     # hardware, time, score: not yet measured (paper: 71.0 of DeepLab on val, 70.4 without SemPLeS).
     # Where the paper gives nothing: lambda is Eq. 3's, times lambda_match. The threshold is CLIMS's, whose masks are IRNet's, here CRF; its code gives SGD
-    # the weight decay for a momentum. CLIMS alone: make_cam.py --source match.
+    # the weight decay for a momentum. CLIMS alone: make_cam.py --source match. INIT is IRN's
+    # res50_cam.pth; a finished CLIMS would be trained on. Thresholds: CLIMS divides its maps by their maximum, here they are min-max scaled.
     sgd="--optimizer sgd --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --batch-size 16 --crop 512 --min-scale 0.5 --no-randaugment --erase 0"
     clims="--train-backbone --lambda-match 10 --lambda-b 2.4 --lambda-cbs 1 --lambda-reg 0.2 --tau-cbs 0.26 --background-texts clims --mask-fill mean"
     stage train_cls.py "${shared[@]}" --split train_aug --generator resnet50 --start "$START" ${INIT:+--init "$INIT"} --train-backbone $sgd --epochs 5 --lr 0.1 $once $small

@@ -55,7 +55,7 @@ case " $* " in *" --no-resume "*) passing= ;; esac
 
 state() {
     local files
-    files=$(find "$DATA" "$OUT" "${INIT:-}" "${CLIP32:-}" "${CLIP16:-}" -type f ! -name 'commands.txt*' -printf '%p %s %T@\n' 2>/dev/null || true)
+    files=$(find "$DATA" "$OUT" "${INIT:-}" "${START:-}" "${CLIP32:-}" "${CLIP16:-}" "${SAM:-}" "${SWIN:-}" -type f ! -name 'commands.txt*' -printf '%p %s %T@\n' 2>/dev/null || true)
     [ -n "$files" ] || files=$RANDOM                                       # a find without -printf: never the same
     LC_ALL=C sort <<<"$files" | cksum
 }

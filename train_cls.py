@@ -10,7 +10,7 @@ coarse maps and of its fine maps. All of the backbone trains here; the later sta
     python train_cls.py --data /data/VOC2012 --out runs/voc
     python train_cls.py --data /data/VOC2012 --out runs/voc --init weaktr.pth          # a published generator as it is, no training
     python train_cls.py --data /data/VOC2012 --out runs/clims --generator resnet50 --optimizer sgd --lr 0.1 --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 \\
-        --epochs 5 --batch-size 16 --crop 512 --no-randaugment --erase 0                                                                 # CLIMS's
+        --epochs 5 --batch-size 16 --crop 512 --min-scale 0.5 --no-randaugment --erase 0                                                                 # CLIMS's
     python train_cls.py --data data/toy --out runs/toy --split train --generator cnn_toy --start data/toy/backbone.pt --crop 96
 """
 import argparse

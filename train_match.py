@@ -15,7 +15,7 @@ by hand, out of the foreground, REG keeps the masks small. Its 10 OTM + 24 BTM +
     torchrun --nproc_per_node 4 train_match.py --data /data/COCO --out runs/coco --split train --batch-size 32 \\
         --lr 3.2e-7 --lambda-b 0.75 --pool avg                                                                        # COCO
     python train_match.py --data /data/VOC2012 --out runs/clims --train-backbone --lambda-match 10 --lambda-cbs 1 --lambda-reg 0.2 --batch-size 16 \\
-        --epochs 15 --optimizer sgd --lr 2.5e-4 --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --crop 512 \\
+        --epochs 15 --optimizer sgd --lr 2.5e-4 --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --crop 512 --min-scale 0.5 \\
         --no-randaugment --erase 0                                                                                    # CLIMS
 """
 import torch

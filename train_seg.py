@@ -37,7 +37,7 @@ from wsss import clip_model, common, data, gradcam, losses, mask2former, segment
 # Differs from the paper: in WeakTr's code SGD's momentum is Nesterov's, and the rate ends at 1e-5, not at 0. Scales are there of pictures whose shorter
 # side is 520, x .5 to 2 in training and x .5 to 1.75 at test; here they are of the picture itself, whose shorter side is about 375 in VOC: objects are 1.4 times
 # smaller in both. --min-scale .7 --max-scale 2.8 here and 1.4 times its --scales in eval.py come close. Its PhotoMetricDistortion is missing, and its second
-# try of a crop of which one class takes more than .75. On COCO that code has 256 epochs of batches of 16 at a rate of 1e-3; here the values are VOC's.
+# try of a crop of which one class takes more than .75. On COCO that code has 256 epochs of batches of 16 at a rate of 1e-3; the defaults here are VOC's.
 PAPERS = {
     "deeplab": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "optimizer": "sgd", "lr": 2.5e-4, "weight_decay": 5e-4, "crop": 321, "max_scale": 1.5},
     "segmenter": {"init": "imagenet", "batch_size": 4, "iterations": 264_500, "optimizer": "sgd", "lr": 1e-4, "weight_decay": 0.0, "crop": 480, "max_scale": 2.0,

@@ -38,7 +38,7 @@ AGAINST = {"cnn + SemPLeS": "cnn", "CLIMS, longer": "CLIMS", "CLIMS + SemPLeS": 
 
 CROP = "--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32"
 CLIMS_CLS = f"{CROP} --generator clims_toy --no-train-backbone --epochs 8 --lr 5e-2 --warmup 1".split()
-# CLIMS's weights and optimiser. L_refine is to L_match as in run_toy.sh, .2 to 1.
+# CLIMS's weights and SGD, but its classifier alone, on a frozen trunk, at a batch of 32. L_refine is to L_match as in run_toy.sh, .2 to 1.
 CLIMS = f"{CROP} --epochs 4 --optimizer sgd --lr 1e-2 --weight-decay 1e-4 --lambda-match 10 --lambda-b 2.4 --lambda-cbs 1 --lambda-reg 0.2".split()
 REFINE = ["--lambda-refine", "2"]
 

@@ -214,7 +214,7 @@ class Clims(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
-        return keep_statistics(super().train(mode))               # From the authors' code, not in the paper: ImageNet's statistics stay
+        return keep_statistics(super().train(mode))               # Differs from the paper: CLIMS's code lets them follow; a mean over processes would change them
 
     def maps(self, images):
         """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w), >= 0"""
