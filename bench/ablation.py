@@ -202,30 +202,40 @@ def write(mark, text):
     page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
 
 
-def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "runs/ablation")
-    p.add_argument("--pairs", type=int, default=8)
-    p.add_argument("--first-draw", type=int, default=301, help="draws 100 to 110 chose the recipe")
-    p.add_argument("--rows", nargs="+", default=TABLE5)
+def parser(doc, out, pairs, first_draw):
+    """The flags of the benchmarks over pairs of a data draw and a seed."""
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--out", type=Path, default=ROOT / out)
+    p.add_argument("--pairs", type=int, default=pairs)
+    p.add_argument("--first-draw", type=int, default=first_draw, help="draws 100 to 110 chose the recipe")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=int, help="run this pair in this process (used by --jobs)")
+    return p
+
+
+def run_pairs(script, args, run_pair, waits, table):
+    """`run_pair(n, args)` for each pair n that `waits`, which leaves <out>/pair_<n>.json, then `table` of them all, printed and with --write in docs/."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    if args.only is not None:
+        return run_pair(args.only, args)
+    run_jobs(script, args, [n for n in range(args.pairs) if waits(n)])
+    text = table([json.loads((args.out / f"pair_{n}.json").read_text()) for n in range(args.pairs)])
+    print(text)
+    if args.write:
+        write(f"bench/{Path(script).name}", text)
+
+
+def parse():
+    p = parser(__doc__, "runs/ablation", pairs=8, first_draw=301)
+    p.add_argument("--rows", nargs="+", default=TABLE5)
     return p.parse_args()
 
 
 def main():
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.only is not None:
-        return run_pair(args.only, args)
     rows = ["cls", "match", *(row for row in args.rows if row not in ("cls", "match"))]
-    run_jobs(__file__, args, [n for n in range(args.pairs) if missing(args.out / f"pair_{n}.json", rows, args.first_draw + n)])
-    pairs = [json.loads((args.out / f"pair_{n}.json").read_text()) for n in range(args.pairs)]
-    text = table(pairs, rows)
-    print(text)
-    if args.write:
-        write("bench/ablation.py", text)
+    run_pairs(__file__, args, run_pair, lambda n: missing(args.out / f"pair_{n}.json", rows, args.first_draw + n), lambda pairs: table(pairs, rows))
 
 
 if __name__ == "__main__":

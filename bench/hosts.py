@@ -30,7 +30,7 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 import ablation  # noqa: E402
-from ablation import ROOT, interval, run_jobs, stage, write  # noqa: E402
+from ablation import interval, parser, run_pairs, stage  # noqa: E402
 
 ROWS = {"cnn": ["cnn", "cnn + SemPLeS"], "clims": ["CLIMS", "CLIMS, longer", "CLIMS + SemPLeS"],
         "segments": ["text, segments", "cnn, segments", "cnn + SemPLeS, segments"]}
@@ -162,30 +162,16 @@ def table(pairs, names):
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "runs/hosts")
-    p.add_argument("--pairs", type=int, default=3)
-    p.add_argument("--first-draw", type=int, default=331)
+    p = parser(__doc__, "runs/hosts", pairs=3, first_draw=331)
     p.add_argument("--hosts", nargs="+", choices=list(ROWS), default=list(ROWS))
     p.add_argument("--network", action=argparse.BooleanOptionalAction, default=True, help="--no-network: maps and masks only")
-    p.add_argument("--jobs", type=int, default=2)
-    p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
-    p.add_argument("--only", type=int, help="run this pair in this process (used by --jobs)")
     return p.parse_args()
 
 
 def main():
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.only is not None:
-        return run_pair(args.only, args)
     names = [name for host in ROWS if host in args.hosts for name in ROWS[host]]
-    run_jobs(__file__, args, [n for n in range(args.pairs) if incomplete(n, args, names)])
-    pairs = [json.loads((args.out / f"pair_{n}.json").read_text()) for n in range(args.pairs)]
-    text = table(pairs, names)
-    print(text)
-    if args.write:
-        write("bench/hosts.py", text)
+    run_pairs(__file__, args, run_pair, lambda n: incomplete(n, args, names), lambda pairs: table(pairs, names))
 
 
 if __name__ == "__main__":

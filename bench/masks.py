@@ -14,7 +14,6 @@ Ground truth only scores, but for the last row. Draws 100 and 101 chose the pres
 
 Pairs that lie in --out already are kept. --write puts the table into docs/results.md.
 """
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import ROOT, interval, recipe, run_jobs, stage, write  # noqa: E402
+from ablation import interval, parser, recipe, run_pairs, stage  # noqa: E402
 
 ROWS = {"maps": "train", "masks": "train", "masks, weaktr": "train", "masks, irn": "train", "net on maps": "val", "net on masks": "val", "net on truth": "val"}
 
@@ -75,27 +74,12 @@ def table(pairs):
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=ROOT / "runs/masks")
-    p.add_argument("--pairs", type=int, default=3)
-    p.add_argument("--first-draw", type=int, default=321)
-    p.add_argument("--jobs", type=int, default=2)
-    p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
-    p.add_argument("--only", type=int, help="run this pair in this process (used by --jobs)")
-    return p.parse_args()
+    return parser(__doc__, "runs/masks", pairs=3, first_draw=321).parse_args()
 
 
 def main():
     args = parse()
-    args.out.mkdir(parents=True, exist_ok=True)
-    if args.only is not None:
-        return run_pair(args.only, args)
-    run_jobs(__file__, args, [n for n in range(args.pairs) if not (args.out / f"pair_{n}.json").exists()])
-    pairs = [json.loads((args.out / f"pair_{n}.json").read_text()) for n in range(args.pairs)]
-    text = table(pairs)
-    print(text)
-    if args.write:
-        write("bench/masks.py", text)
+    run_pairs(__file__, args, run_pair, lambda n: not (args.out / f"pair_{n}.json").exists(), table)
 
 
 if __name__ == "__main__":
