@@ -356,3 +356,25 @@ def test_a_folder_that_is_not_ours_is_known_by_its_files_and_a_name_by_nothing(t
     assert common.inputs(start="imagenet", masks=Path("imagenet"), cam=Path("none")) == {"start": None, "masks": common.folder_fingerprint(tmp_path / "imagenet"), "cam": None}
     (tmp_path / "imagenet/recipe.json").write_text('{"fingerprint": "ours"}')
     assert common.inputs(masks=Path("imagenet")) == {"masks": "ours"}
+
+
+def test_a_folder_belongs_to_the_script_that_made_it(tmp_path, monkeypatch):
+    """Another script, and files without a recipe or with a foreign one, are refused even with --no-resume; nothing of theirs goes."""
+    folder, env = tmp_path / "cam", common.Env(arguments(tmp_path))
+    claim = lambda script, **more: (monkeypatch.setattr(sys, "argv", [f"/here/{script}"]), common.open_folder(folder, arguments(tmp_path, **more), env, ()))
+    claim("make_cam.py")
+    (folder / "a.npy").write_bytes(b"map")
+    claim("make_cam.py")
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="cam holds what make_cam.py made: make_segments.py writes to a folder of its own"):
+            claim("make_segments.py", resume=resume)
+    for foreign in ("{}", None):
+        (folder / "recipe.json").write_text(foreign) if foreign else (folder / "recipe.json").unlink()
+        with pytest.raises(ValueError, match="cam holds what another program made"):
+            claim("make_cam.py", resume=False)
+    assert (folder / "a.npy").read_bytes() == b"map"
+    (folder / "a.npy").unlink()
+    claim("make_cam.py")                                                            # empty, it is nobody's
+    (folder / "a.npy").write_bytes(b"map")
+    claim("make_cam.py", resume=False)
+    assert not (folder / "a.npy").exists()

@@ -478,8 +478,8 @@ def open_folder(folder, args, env, free, keep=False, **facts):
     note, same, script = folder / "recipe.json", True, Path(sys.argv[0]).name
     made = [path for ending in ("npy", "npz", "png", "pt") for path in folder.glob(f"*.{ending}")]
     before = read_json(note) if note.exists() else {"script": "another program" if made else script}
-    if before["script"] != script and not keep:
-        raise ValueError(f"{folder} holds what {before['script']} made: {script} writes to a folder of its own, give another name or --out")
+    if before.get("script") != script and not keep:
+        raise ValueError(f"{folder} holds what {before.get('script', 'another program')} made: {script} writes to a folder of its own, give another name or --out")
     if note.exists():
         try:
             same_recipe(folder, before["args"], args, free)
