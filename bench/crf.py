@@ -3,8 +3,8 @@
 Pictures of the toy world enlarged to VOC's size, two classes and the background: three labels. make_pseudo.py's own function for one picture
 (read, CRF `weaktr`, write) in its own pool. The first picture of each process is left out of the speed: it holds the start.
 
-Memory is what a process holds after each picture (Linux: /proc/self/statm), in 1,000 small pictures: the mean of the first hundred pictures
-after twenty, and of the last hundred, of the process that grew most; of the main process at the same moments.
+Memory is what a process holds after each picture (Linux: /proc/self/statm) over 1,000 small pictures: the mean over the first tenth of its
+pictures, its very first fiftieth left out, and over the last tenth; of the worker that grew most, and of the main process at the same moments.
 
     python bench/crf.py
     python bench/crf.py --workers 1 4 16 --pictures 200 --backends pydensecrf
@@ -104,7 +104,8 @@ def main():
         for backend in args.backends:
             found = [speed(run(tasks, arguments(root / "large", backend), n, args.device)) for n in args.workers]
             lines.append(f"| {backend} | {' | '.join(f'{value:.2f}' for value in found)} |")
-        lines += ["", f"| memory over {args.many} pictures of {args.small[0]}x{args.small[1]}, MB | worker: first tenth | last | main process: first tenth | last |", "|---|---|---|---|---|"]
+        title = f"memory over {args.many} pictures of {args.small[0]}x{args.small[1]}, MB"
+        lines += ["", f"| {title} | worker: first tenth | last | main process: first tenth | last |", "|---|---|---|---|---|"]
         for backend in args.backends:
             worker, main_process = growth(run(many, arguments(root / "small", backend), max(args.workers), args.device))
             lines.append(f"| {backend}, {max(args.workers)} workers | {worker[0]:.1f} | {worker[1]:.1f} | {main_process[0]:.1f} | {main_process[1]:.1f} |")

@@ -64,7 +64,7 @@ def random_clip(**sizes):
     shape = dict(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16)
     model = CLIP(**{**shape, **sizes}, context_length=8, vocab_size=9, transformer_width=64, transformer_heads=1, transformer_layers=1)
     for block in model.visual.transformer.resblocks:
-        block.attn.in_proj_weight.data *= 3                                           # sharp attention, as a trained one's: even attention makes even maps, all rounding
+        block.attn.in_proj_weight.data *= 3                                           # sharp attention: an even one makes even maps, whose min-max is all rounding
     return clip_model.FrozenClip(model)
 
 
@@ -125,7 +125,8 @@ def here(clip, image, columns, k):
 
 def clip_rows(args):
     clip = random_clip().to(args.device)
-    image, columns = torch.rand(1, 3, *args.size, device=args.device), F.normalize(torch.randn(CLASSES + BACKGROUNDS, 512, device=args.device), dim=-1)
+    image = torch.rand(1, 3, *args.size, device=args.device)
+    columns = F.normalize(torch.randn(CLASSES + BACKGROUNDS, 512, device=args.device), dim=-1)
     rows = ["| classes | network, s | block, s | here, s | network / here | block / here | here / forward |", "|---|---|---|---|---|---|---|"]
     for P in args.classes:
         k = torch.arange(P, device=args.device)
@@ -135,8 +136,9 @@ def clip_rows(args):
         for name in ("network", "block"):
             torch.testing.assert_close(ours, ways[name](), atol=1e-3, rtol=0)
         took = alternate(ways, args.runs, args.device)
-        rows.append(f"| {P} | {' | '.join(f'{statistics.median(took[name]):.3g}' for name in ('network', 'block', 'here'))} | {ratio(took['network'], took['here']):.2f} | "
-                    f"{ratio(took['block'], took['here']):.2f} | {ratio(took['here'], took['forward']):.2f} |")
+        seconds = [f"{statistics.median(took[name]):.3g}" for name in ("network", "block", "here")]
+        ratios = [f"{ratio(took[a], took[b]):.2f}" for a, b in (("network", "here"), ("block", "here"), ("here", "forward"))]
+        rows.append(f"| {' | '.join([str(P), *seconds, *ratios])} |")
     return rows
 
 
@@ -197,8 +199,8 @@ def parse():
 def main():
     args = parse()
     where = torch.cuda.get_device_name(args.device) if torch.device(args.device).type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    text = "\n".join([f"{where}, torch {torch.__version__}; CLIP at {args.size[0]}x{args.size[1]}, S at {args.picture_size[0]}x{args.picture_size[1]}; median of {args.runs} runs.",
-                      "", *clip_rows(args), "", *generator_rows(args)])
+    sizes = f"CLIP at {args.size[0]}x{args.size[1]}, S at {args.picture_size[0]}x{args.picture_size[1]}"
+    text = "\n".join([f"{where}, torch {torch.__version__}; {sizes}; median of {args.runs} runs.", "", *clip_rows(args), "", *generator_rows(args)])
     print(text)
     if args.write:
         write("bench/maps.py", text)

@@ -17,7 +17,7 @@ def test_autograd_makes_our_maps():
     exact = gradcam.run_blocks(clip.double(), image.double(), look=10)                # attention is made in the last blocks alone: the same numbers
     fewer = gradcam.run_blocks(clip, image.double(), look=8)
     assert len(exact[1]) == 10 and len(fewer[1]) == 8
-    torch.testing.assert_close(fewer[1], exact[1][2:], atol=1e-6, rtol=0)            # OpenAI's LayerNorm is not ours, both are float64
+    torch.testing.assert_close(fewer[1], exact[1][2:], atol=1e-10, rtol=0)
     torch.testing.assert_close(fewer[0][-1], exact[0][-1], atol=1e-10, rtol=1e-10)
 
 
@@ -29,7 +29,7 @@ def test_one_by_one_is_the_batch():
     want = maps.one_by_one(S, images, k, [1.0, 1.2], True)
     assert want.shape == (3, 2, 40, 56) and want.amax() > 0.99
     for batch in (1, 2, 3):
-        torch.testing.assert_close(maps.in_batches(S, images, k, [1.0, 1.2], True, batch), want, atol=1e-4, rtol=0)
+        torch.testing.assert_close(maps.in_batches(S, images, k, [1.0, 1.2], True, batch), want, atol=1e-3, rtol=0)
 
 
 def test_one_pass_is_a_pass_a_threshold(tmp_path, monkeypatch):

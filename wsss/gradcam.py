@@ -29,7 +29,8 @@ def run_blocks(clip, images, size=None, look=0):
     """(B, 3, H, W) RGB in [0, 1] -> what enters each block (B, 1 + N, width); of the last `look` blocks the attention between patches (B, N, N),
     mean over heads; grid (h, w)
 
-    No attention is made where none is wanted: memory there grows with N, not N^2. The picture, or `size` (H, W) if given, is resized to the nearest multiples of the patch, and the position embedding to that grid."""
+    No attention is made where none is wanted: memory there grows with N, not N^2. The picture, or `size` (H, W) if given, is resized to the
+    nearest multiples of the patch, and the position embedding to that grid."""
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
         raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: GradCAM reads a vision transformer, take ViT-B/16")
