@@ -85,7 +85,7 @@ def foreground(cam, classes, size):
     if len(classes) == 0:
         return torch.zeros(size, dtype=torch.long), torch.zeros(size)
     score, row = maps.max(dim=0)                                            # (H, W) each
-    return torch.as_tensor(classes)[row] + 1, score
+    return (torch.as_tensor(classes) + 1)[row], score
 
 
 def cut(args):

@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.insert(0, str(ROOT))                            # before bench/, whose eval.py is not the stage
 from wsss import data, toy  # noqa: E402
 
 TABLE5 = ["cls", "match", "again", "random", "text", "image", "full"]

@@ -14,10 +14,12 @@ Draws 5 and 100 chose the rows and their flags; --first-draw 401 was not looked 
     python bench/prototypes.py --clips weights/toy_clip.pt runs/clips/1/toy_clip.pt runs/clips/2/toy_clip.pt --draws 5 --write
     python bench/prototypes.py --sweeps --write                       # Tables 4 to 7, with the shipped CLIP
     python bench/prototypes.py --phase2 --write                       # Table 3, with the shipped CLIP; val
+    python bench/prototypes.py --speed                                # seconds of a step of the descent against its size, random features
 """
 import argparse
 import json
 import os
+import statistics
 import sys
 from pathlib import Path
 
@@ -26,8 +28,9 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import ROOT, interval, recipe, run_jobs, stage, write  # noqa: E402
+from maps import alternate  # noqa: E402
 import make_toy  # noqa: E402
-from wsss import common  # noqa: E402
+from wsss import common, losses  # noqa: E402
 
 SEEDS = ["--no-label-mask", "--no-background-pixels"]
 ROWS = {"literal": [], "all classes": ["--no-label-mask"], "seeds": SEEDS, "value seeds": [*SEEDS, "--features", "value"]}
@@ -167,6 +170,21 @@ def phase2_table(cells, clips):
     return "\n".join(lines)
 
 
+def speed_table(device="cpu", sizes=(25_000, 50_000, 100_000, 200_000, 400_000), D=512, C=45, runs=3):
+    """Markdown: a step of vpl.py's descent, n pixels of D channels as it holds them, C columns (VOC: 20 classes, 25 backgrounds);
+    then n = 50,000 with twice the channels and with twice the columns."""
+    rows = [(n, D, C) for n in sizes] + [(50_000, 2 * D, C), (50_000, D, 2 * C)]
+    lines = ["| pixels n | channels D | columns C | s a step | ns a step and n D C |", "|---|---|---|---|---|"]
+    for n, D, C in rows:
+        x, w, p = (torch.nn.functional.normalize(torch.randn(*shape, device=device), dim=1) for shape in ((n, D), (C, D), (n, C)))
+        x, p = x.half(), p.softmax(1)
+        step = lambda: losses.prototype_step(w.double(), losses.prototype_gradient(x, w.double(), p, 0.03)[0] / n, 10.0, torch.inf)
+        step()
+        seconds = statistics.median(alternate({"step": step}, runs, device)["step"])
+        lines.append(f"| {n:,} | {D} | {C} | {seconds:.4f} | {1e9 * seconds / (n * D * C):.3f} |")
+    return "\n".join(lines)
+
+
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=ROOT / "runs/prototypes")
@@ -175,6 +193,8 @@ def parse():
     p.add_argument("--first-draw", type=int, default=401)
     p.add_argument("--sweeps", action="store_true", help="Tables 4 to 7 instead of the main table")
     p.add_argument("--phase2", action="store_true", help="Table 3 instead")
+    p.add_argument("--speed", action="store_true", help="time of a step against its size instead")
+    p.add_argument("--device", default="cpu", help="of --speed")
     p.add_argument("--jobs", type=int, default=2)
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=int, help="run this cell in this process (used by --jobs)")
@@ -183,6 +203,10 @@ def parse():
 
 def main():
     args = parse()
+    if args.speed:
+        text = speed_table(args.device)
+        print(text)
+        return write("bench/prototypes.py speed", text) if args.write else None
     kind, cell, table = ("sweeps", sweep_cell, sweep_table) if args.sweeps else ("phase2", phase2_cell, phase2_table) if args.phase2 else ("main", main_cell, main_table)
     args.out = (args.out / kind).resolve()
     args.out.mkdir(parents=True, exist_ok=True)

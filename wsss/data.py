@@ -608,6 +608,7 @@ def load_cam(path, labels, size=None):
         raise ValueError(f"{path} holds {len(cam)} maps of the classes {sorted(keys)}, the picture's label has {classes.tolist()}: is it of another data set, or counted from 1?")
     if len(cam) != len(classes):
         raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
+    cam = cam.astype(np.float32)                                           # first: numpy is slow in half precision
     if not np.isfinite(cam).all():
         raise ValueError(f"{path} holds NaN or infinity: remove it and run make_cam.py again")
     if keys is not None:
@@ -617,7 +618,7 @@ def load_cam(path, labels, size=None):
     h, w = cam.shape[1:]
     if size is not None and (h > size[0] or w > size[1] or abs(h * size[1] - w * size[0]) >= max(size)):      # both sides rounded alike, by less than a cell
         raise ValueError(f"{path}: maps of {w}x{h} do not fit their picture of {size[1]}x{size[0]}: run make_cam.py again")
-    return classes, cam.astype(np.float32)
+    return classes, cam
 
 
 def cam_path(path):

@@ -25,10 +25,12 @@ def at_least_float32(x):
 # ------------------------------------------------------------------------------------------------- the forward pass
 
 @torch.no_grad()
-def run_blocks(clip, images, size=None, look=True):
-    """(B, 3, H, W) RGB in [0, 1] -> per block what enters it (B, 1 + N, width) and its attention between patches (B, N, N), mean over heads; grid (h, w)
+def run_blocks(clip, images, size=None, look=0):
+    """(B, 3, H, W) RGB in [0, 1] -> what enters each block (B, 1 + N, width); of the last `look` blocks the attention between patches (B, N, N),
+    mean over heads; grid (h, w)
 
-    Without `look` no attention is made, and memory grows with N, not N^2. The picture, or `size` (H, W) if given, is resized to the nearest multiples of the patch, and the position embedding to that grid."""
+    No attention is made where none is wanted: memory there grows with N, not N^2. The picture, or `size` (H, W) if given, is resized to the
+    nearest multiples of the patch, and the position embedding to that grid."""
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
         raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: GradCAM reads a vision transformer, take ViT-B/16")
@@ -40,14 +42,14 @@ def run_blocks(clip, images, size=None, look=True):
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + positions(visual, h, w)
     x = layer_norm(visual.ln_pre, x)                                                  # (B, 1 + N, width)
 
-    inputs, attention = [x], []
-    for block in visual.transformer.resblocks:
-        last, x = block is visual.transformer.resblocks[-1], inputs[-1]
-        if look:
+    inputs, attention, blocks = [x], [], visual.transformer.resblocks
+    for n, block in enumerate(blocks, 1):
+        last, looked, x = n == len(blocks), n > len(blocks) - look, inputs[-1]
+        if looked:
             _, _, v, A = attend(block.attn, layer_norm(block.ln_1, x))
             attention.append(A[:, :, 1:, 1:].mean(1))
         if not last:
-            o = A.to(v.dtype) @ v if look else F.scaled_dot_product_attention(*queries_keys_values(block.attn, layer_norm(block.ln_1, x)))
+            o = A.to(v.dtype) @ v if looked else F.scaled_dot_product_attention(*queries_keys_values(block.attn, layer_norm(block.ln_1, x)))
             x = x + block.attn.out_proj(merge(o))
             inputs.append(x + block.mlp(layer_norm(block.ln_2, x)))
     return inputs, attention, (h, w)
@@ -61,13 +63,13 @@ def within(size, longest):
 
 def last_inputs(clip, images, layers=8, size=None):
     """-> what enters the last block x (B, 1 + N, width), attention (B, N, N): the mean of the last `layers` blocks, the last one included; grid (h, w)"""
-    inputs, attention, grid = run_blocks(clip, images, size)
-    return inputs[-1], torch.stack(attention[-layers:]).mean(0), grid
+    inputs, attention, grid = run_blocks(clip, images, size, look=layers)
+    return inputs[-1], torch.stack(attention).mean(0), grid
 
 
 def block_outputs(clip, images):
     """-> the patch tokens that every block but the last puts out, a list of (B, N, width); grid (h, w)"""
-    inputs, _, grid = run_blocks(clip, images, look=False)
+    inputs, _, grid = run_blocks(clip, images)
     return [x[:, 1:] for x in inputs[1:]], grid
 
 

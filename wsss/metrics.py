@@ -45,12 +45,11 @@ def sweep(truth, label, score, thresholds, num_classes):
     label (H, W): the class each pixel takes if it is foreground (1..C-1); score (H, W): foreground where score > threshold.
     Pixels are counted once, by how many of the ascending thresholds they exceed; a suffix sum gives each threshold's foreground."""
     truth, label, score = (torch.as_tensor(x).flatten() for x in (truth, label, score))
-    scored = truth != 255
-    truth, label, score = truth[scored].long(), label[scored].long(), score[scored]
+    truth = truth.masked_fill(truth == 255, num_classes)                    # a row of their own, left out below: taking these pixels out takes longer
     exceeded = torch.searchsorted(thresholds, score)                        # thresholds strictly below the score: 0..T
-    size = (len(thresholds) + 1, num_classes, num_classes)
-    index = (exceeded * num_classes + truth) * num_classes + label
-    counts = torch.bincount(index, minlength=size[0] * size[1] * size[2]).view(size)
+    size = (len(thresholds) + 1, num_classes + 1, num_classes)
+    index = torch.add(label.long(), truth, alpha=size[2]).add_(exceeded, alpha=size[1] * size[2])
+    counts = torch.bincount(index, minlength=size[0] * size[1] * size[2]).view(size)[:, :-1]
     above = counts.flip(0).cumsum(0).flip(0)                                # [t]: exceeds at least t thresholds
     matrices = above[1:].clone()                                            # threshold number t is exceeded by those that exceed t + 1
     matrices[:, :, 0] += (above[0] - above[1:]).sum(-1)                     # all others are background
