@@ -154,7 +154,8 @@ class Photos:
         return self.paths[id]
 
     def image(self, id):
-        image = data.load_image(self.paths[id])
+        twice = (2 * self.max_side, 2 * self.max_side)                      # what a large JPEG must still have for a good filter
+        image = data.load_image(self.paths[id], twice if self.max_side else None)
         if self.max_side:                                                   # a phone's 12 million pixels would take 37 GB at the default scales
             image.thumbnail((self.max_side, self.max_side), Image.BICUBIC)
         return data.to_float(image)
