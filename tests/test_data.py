@@ -2,6 +2,7 @@
 import io
 import pickle
 import re
+import time
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def test_lists_bare_or_pairs(voc, text):
     (voc / "ImageSets/Segmentation/x.txt").write_text(text, encoding="utf-8", newline="")
     assert data.Folder(voc).ids("x") == ["2007_000032", "2007_000039"]
     assert data.Folder(voc).ids("x", limit=1) == ["2007_000032"]
+
+
+def test_a_long_list_is_no_square(voc):
+    """20,000 ids, the last one twice: named in a moment. Looking through all before it, for each, would take minutes."""
+    (voc / "ImageSets/Segmentation/x.txt").write_text("\n".join([*map(str, range(20_000)), "19999"]))
+    start = time.process_time()
+    with pytest.raises(ValueError, match="lists 19999 twice"):
+        data.Folder(voc).ids("x")
+    assert time.process_time() - start < 5
 
 
 @pytest.mark.parametrize("line", ["../../etc/passwd", "/etc/passwd", "a/b", "/JPEGImages/../../x.jpg", "..", "a\\b", "/JPEGImages/sub/x.jpg", ".hidden"])

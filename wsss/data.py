@@ -16,8 +16,10 @@ import os
 import pickle
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -92,7 +94,7 @@ class Folder:
         if not ids:
             raise ValueError(f"{path} is empty: give a split that holds pictures")
         if len(set(ids)) < len(ids):
-            twice = next(i for n, i in enumerate(ids) if i in set(ids[:n]))
+            twice = Counter(ids).most_common(1)[0][0]
             raise ValueError(f"{path} lists {twice} twice: remove one line")
         return ids[:limit] if limit else ids
 
@@ -114,9 +116,10 @@ class Folder:
         """(n, C) float32, 1 where the picture holds the class. A picture without any class is a row of zeros."""
         if self._labels is None:
             self._labels = self._read_labels()
+        present = [self._present(id) for id in ids]
+        rows = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(classes) for classes in present], dtype=torch.long))
         out = torch.zeros(len(ids), len(self.classes))
-        for row, id in zip(out, ids):
-            row[self._present(id)] = 1
+        out[rows, torch.tensor(list(chain(*present)), dtype=torch.long)] = 1
         return out
 
     def _read_labels(self):
@@ -710,7 +713,8 @@ class Pictures(Dataset):
 
     def equal_sizes(self, batch_size):
         """Numbers of the pictures in batches that stack: as many of one size as `batch_size` allows."""
-        sizes = [picture_size(self.folder.picture(id)) for id in self.ids]
+        with ThreadPool(16) as threads:                                        # headers of a million files far away: threads wait for them together
+            sizes = threads.map(lambda id: picture_size(self.folder.picture(id)), self.ids)
         for _, group in groupby(sorted(range(len(sizes)), key=lambda i: (sizes[i], i)), key=lambda i: sizes[i]):
             group = list(group)
             yield from (group[n:n + batch_size] for n in range(0, len(group), batch_size))
