@@ -66,7 +66,7 @@ class Stored:
         for chunk, (images, labels, _) in zip(chunks, env.progress(loader, f"prompts: {views} views", len(chunks))):
             b, k = labels.nonzero(as_tuple=True)
             with env.autocast():
-                v_b, area = encode_background(clip, S, images.to(env.device, non_blocking=True), b, k, args)
+                v_b, area = encode_background(clip, S, images.to(env.device), b, k, args)
             self.features[self.rows(chunk)] = torch.cat([v_b, area[:, None]], dim=1)
         env.sum(self.features)                                                          # rows of other processes are zero here
 

@@ -162,7 +162,8 @@ def table(*head):
 
 
 def row(*cells):
-    print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else f"{cell:,}" if isinstance(cell, int) else cell for cell in cells) + " |", flush=True)
+    shown = (cell if isinstance(cell, str) else f"{cell:,.0f}" if isinstance(cell, int) or cell >= 100 else f"{cell:.3g}" for cell in cells)
+    print("| " + " | ".join(shown) + " |", flush=True)
 
 
 def processes_table(bench):
