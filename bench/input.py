@@ -10,6 +10,7 @@ a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop is then still as large as th
     python bench/input.py --step-rate 4000                                                   # workers for a GPU that takes 4,000 pictures a second
 """
 import argparse
+import contextlib
 import math
 import sys
 import tempfile
@@ -97,7 +98,8 @@ class Ready:
     def run(self, script, *flags):
         """-> seconds a step of a stage"""
         loader, data.loader = data.loader, self.loader
-        stage(script, *flags, "--batch-size", self.pictures, "--epochs", 1, "--crop", self.crop, "--limit", self.pictures, "--workers", 0)
+        with contextlib.redirect_stdout(sys.stderr):
+            stage(script, *flags, "--batch-size", self.pictures, "--epochs", 1, "--crop", self.crop, "--limit", self.pictures, "--workers", 0)
         data.loader = loader
         return self.seconds / self.steps
 
@@ -128,7 +130,7 @@ def main():
         root = Path(folder)
         steps = {name: args.step_rate for name in RECIPES} if args.step_rate else step_rates(root, args)
         torch.set_num_threads(1)                                               # as a worker has
-        voc, large = picture_folder(root / "voc", 16, 500, 375), picture_folder(root / "large", 4, 4032, 3024)
+        voc, large = picture_folder(root / "voc", 16, 500, 375), picture_folder(root / "large", 2, 4032, 3024)
         rows = [("500x375", voc, False, args.samples), ("4032x3024", large, False, args.samples // 8), ("4032x3024, whole", large, True, args.samples // 8)]
         print("| augmentation of | pictures | " + " | ".join(f"{n} workers" for n in args.workers) + " | step takes | workers for it |")
         print("|---" * (len(args.workers) + 4) + "|")

@@ -12,6 +12,7 @@ measurement in a process of its own: seconds of the stage's own loop, without it
     python bench/scale.py --device cuda --amp bf16 --pictures 64 --steps 100 --images 256 --processes 1 2 4 8
 """
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -137,7 +138,8 @@ class Bench:
 
     def prompts(self, classes):
         """-> seconds of what is left of a step of (b) on stored features: the prompts through the text tower and back; no memory"""
-        model = clip_model.BackgroundPrompts(clip_model.load_clip(self.root / "clip.pt", self.args.device), classes)
+        with contextlib.redirect_stdout(sys.stderr):
+            model = clip_model.BackgroundPrompts(clip_model.load_clip(self.root / "clip.pt", self.args.device), classes)
         model().sum().backward()
         return timeit(lambda: model().sum().backward()), 0
 
