@@ -6,7 +6,7 @@ a JPEG is decoded at 1/2, 1/4 or 1/8 where the crop is then still as large as th
 (DeiT-S, ViT-B/32, random weights), given one batch again and again.
 
     python bench/input.py                                                                    # 2 CPU cores
-    python bench/input.py --device cuda --pictures 64 --pairs 100 --steps 100 --workers 1 2 4 8 14
+    python bench/input.py --device cuda --amp bf16 --pictures 64 --pairs 100 --steps 100 --workers 1 2 4 8 14
     python bench/input.py --step-rate 4000                                                   # workers for a GPU that takes 4,000 pictures a second
 """
 import argparse

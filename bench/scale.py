@@ -75,7 +75,7 @@ class Bench:
     """The inputs of all measurements, and their common flags."""
 
     def __init__(self, root, args):
-        self.root, self.args, self.runs = root, args, 0
+        self.root, self.args, self.runs, self.workers = root, args, 0, 0 if args.device == "cpu" else 4
         make_inputs(root, 1, 1)
         for classes in (20, 80):
             self.folder(root / f"{classes}", classes)
@@ -118,7 +118,7 @@ class Bench:
 
     def maps(self, count, processes=0, out=None):
         """-> seconds a picture of S's maps at scales 1 and 1.2 with flips, MB"""
-        seconds, peak = self.measure("make_cam.py", ["--init", self.root / "generator_20.pt", "--limit", count, "--batch-size", 2, "--sheets", 0, "--workers", 0], processes, out=out, clock="make")
+        seconds, peak = self.measure("make_cam.py", ["--init", self.root / "generator_20.pt", "--limit", count, "--batch-size", 2, "--sheets", 0, "--workers", self.workers], processes, out=out, clock="make")
         return seconds / count, peak
 
     def masks(self, count, out):
@@ -131,7 +131,7 @@ class Bench:
 
     def features(self, count, side=640):
         """-> seconds a picture of CLIP's maps and features, MB"""
-        flags = ["--clip", self.root / "clip16.pt", "--limit", count, "--batch-size", 1, "--workers", 0, "--steps", 1, "--max-side", side, "--phi", 0.1]
+        flags = ["--clip", self.root / "clip16.pt", "--limit", count, "--batch-size", 1, "--workers", self.workers, "--steps", 1, "--max-side", side, "--phi", 0.1]
         seconds, peak = self.measure("vpl.py", flags, 0, clock="collect")
         return seconds / count, peak
 

@@ -730,12 +730,13 @@ def by_size(folder, ids, batch_size, env, workers=0):
 # ---------------------------------------------------------------- training samples
 
 class Erase(v2.RandomErasing):
-    """Random erasing by the mean colour +- its spread."""
+    """Random erasing by noise: the mean colour +- its spread, cut to [0, 1]."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
     def make_params(self, flat_inputs):
         drawn = super().make_params(flat_inputs)
         if drawn["v"] is not None:
-            drawn["v"] = drawn["v"] * torch.tensor([0.229, 0.224, 0.225])[:, None, None] + torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+            drawn["v"] = (drawn["v"] * self.std + self.mean).clamp(0, 1)
         return drawn
 
 
@@ -747,7 +748,7 @@ def train_transform(size, scale=(0.08, 1.0), randaugment=False, erase=0.0):
         steps.append(v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR))     # 9 of 10, as timm counts
     steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
     if erase:
-        steps.append(Erase(erase, value="random"))
+        steps.append(Erase(erase, value="random", inplace=True))
     return partial(crop_and_augment, crop, v2.Compose(steps))
 
 
@@ -761,7 +762,7 @@ def crop_and_augment(crop, augment, path):
     left, top, right, bottom = box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]
     image = image.crop((round(left * x), round(top * y), round(right * x), round(bottom * y)))
     image = v2.functional.resize(tv_tensors.Image(to_tensor(image)), crop.size, crop.interpolation, antialias=crop.antialias)
-    return augment(image).as_subclass(torch.Tensor).clamp(0, 1)
+    return augment(image).as_subclass(torch.Tensor)
 
 
 class Samples(Dataset):
@@ -786,7 +787,7 @@ class Samples(Dataset):
                 return self.transform(path), self.labels[i], i
             image = tv_tensors.Image(to_tensor(load_image(path)))
             image, mask = self.transform(image, tv_tensors.Mask(self.mask(i, image)))
-        return image.as_subclass(torch.Tensor).clamp(0, 1), mask.as_subclass(torch.Tensor).long(), i
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long(), i
 
     def collate(self, samples):
         """A batch; an empty one where a rank's share of a small batch is empty."""
