@@ -154,7 +154,8 @@ class Photos:
         return self.paths[id]
 
     def image(self, id):
-        image = data.load_image(self.paths[id])
+        twice = (2 * self.max_side, 2 * self.max_side)                      # what a large JPEG must still have for a good filter
+        image = data.load_image(self.paths[id], twice if self.max_side else None)
         if self.max_side:                                                   # a phone's 12 million pixels would take 37 GB at the default scales
             image.thumbnail((self.max_side, self.max_side), Image.BICUBIC)
         return data.to_float(image)
@@ -209,8 +210,8 @@ def load_network(args, env):
 def predict(args, folder, ids, classes, env, where):
     """Yields (id, label map) of this process's pictures, in any order. With --save, what is in `where` is taken, the rest written there."""
     mine = env.shard(ids)
-    done = [id for id in mine if args.save and (where / f"{id}.png").exists()]
-    todo = [id for id in mine if id not in set(done)]
+    done = dict.fromkeys(id for id in mine if args.save and (where / f"{id}.png").exists())
+    todo = [id for id in mine if id not in done]
     model = load_network(args, env)
     busy = args.workers if args.crf and env.device.type == "cpu" else 0     # the CRF is what takes time; a GPU does it faster itself
     loader = data.by_size(folder, todo, args.batch_size, env, 0 if busy else args.workers)

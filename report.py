@@ -152,7 +152,7 @@ def choose(folder, ids, there, count):
     """`count` of the ids for which `there` holds: every class in turn gives its next picture, pictures without a class come last."""
     ids = [id for id in ids if there(id)]
     labels = folder.labels(ids)
-    queues = [[id for id, label in zip(ids, labels) if label[k]] for k in range(len(folder.classes))] + [[id for id, label in zip(ids, labels) if not label.any()]]
+    queues = [[ids[n] for n in holds.nonzero()[:, 0].tolist()] for holds in (*labels.T, labels.sum(1) == 0)]
     chosen = {}
     for turn in range(max(map(len, queues), default=0)):
         chosen.update(dict.fromkeys(queue[turn] for queue in queues[:-1] if turn < len(queue)))

@@ -117,6 +117,15 @@ def test_masks_and_the_misses(voc, tmp_path):
     assert "not scored" in done.stdout
 
 
+def test_a_large_photograph_is_decoded_small(tmp_path):
+    import eval as script
+    y, x = np.mgrid[:605, :803] / 803
+    Image.fromarray(np.uint8(127.5 + 127 * np.stack([np.sin(9 * x + 5 * y), np.sin(14 * y), np.cos(11 * x)], -1))).save(tmp_path / "photo.jpg")
+    small, whole = (script.Photos(tmp_path, side).image("photo") for side in (100, 0))
+    assert data.load_image(tmp_path / "photo.jpg", (200, 200)).size == (402, 303) and whole.shape == (3, 605, 803)
+    assert small.shape == (3, 75, 100) and (small - torch.nn.functional.interpolate(whole[None], (75, 100), mode="area")[0]).abs().mean() < 0.01
+
+
 def test_pseudo_masks_are_read_from_out(voc, tmp_path):
     (tmp_path / "out/pseudo").mkdir(parents=True)
     for id in LABELS:

@@ -16,7 +16,10 @@ import os
 import pickle
 import re
 import xml.etree.ElementTree as ElementTree
-from itertools import groupby
+from collections import Counter
+from functools import partial
+from itertools import chain, groupby
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +94,7 @@ class Folder:
         if not ids:
             raise ValueError(f"{path} is empty: give a split that holds pictures")
         if len(set(ids)) < len(ids):
-            twice = next(i for n, i in enumerate(ids) if i in set(ids[:n]))
+            twice = Counter(ids).most_common(1)[0][0]
             raise ValueError(f"{path} lists {twice} twice: remove one line")
         return ids[:limit] if limit else ids
 
@@ -113,9 +116,10 @@ class Folder:
         """(n, C) float32, 1 where the picture holds the class. A picture without any class is a row of zeros."""
         if self._labels is None:
             self._labels = self._read_labels()
+        present = [self._present(id) for id in ids]
+        rows = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(classes) for classes in present], dtype=torch.long))
         out = torch.zeros(len(ids), len(self.classes))
-        for row, id in zip(out, ids):
-            row[self._present(id)] = 1
+        out[rows, torch.tensor(list(chain(*present)), dtype=torch.long)] = 1
         return out
 
     def _read_labels(self):
@@ -452,37 +456,60 @@ def prompt_texts(folder, prompt="ensemble", template=None):
 
 # ---------------------------------------------------------------- pictures
 
-def load_image(path):
-    """Any picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white."""
+@contextlib.contextmanager
+def opened(path):
+    """A picture's file with its header read. Whatever is wrong with it, here or while its pixels are read, is one line."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)                          # reads the pixels: a truncated file ends here
-            if image.mode.startswith("I") or image.mode == "F":
-                values = np.asarray(image, dtype=np.float64)
-                top = 65535 if image.mode.startswith("I;16") or image.mode == "I" and values.max(initial=0) > 255 else 255
-                return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("RGB")
+            yield file
+    except FileNotFoundError:
+        raise
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
         raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
+
+
+def shown_size(file):
+    """(height, width) of an opened picture as a viewer shows it."""
+    turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)                                 # EXIF orientations that swap the sides
+    return file.size if turned else file.size[::-1]
+
+
+def decode(file, least=None):
+    """An opened picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white.
+
+    With `least` (height, width) a JPEG comes at 1/2, 1/4 or 1/8 of its sides, if both are then still that long: most of its pixels are never made."""
+    if least:
+        file.draft(None, least if shown_size(file) == file.size else least[::-1])          # draft counts (width, height) of the stored, unturned picture
+    ImageOps.exif_transpose(file, in_place=True)                           # reads the pixels: a truncated file ends here
+    if file.mode.startswith("I") or file.mode == "F":
+        values = np.asarray(file, dtype=np.float64)
+        top = 65535 if file.mode.startswith("I;16") or file.mode == "I" and values.max(initial=0) > 255 else 255
+        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    if "A" in file.getbands() or "transparency" in file.info:
+        image = file.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return file if file.mode == "RGB" else file.convert("RGB")             # convert would copy it
+
+
+def load_image(path, least=None):
+    """Any picture -> PIL RGB, by `decode`."""
+    with opened(path) as file:
+        return decode(file, least)
 
 
 def picture_size(path):
     """(height, width) as load_image returns it, from the header alone."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)                        # EXIF orientations that swap the sides
-            return image.size if turned else image.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
+    with opened(path) as file:
+        return shown_size(file)
+
+
+def to_tensor(image):
+    """PIL RGB -> (3, H, W) uint8."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 def to_float(image):
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+    return to_tensor(image).float() / 255
 
 
 # ---------------------------------------------------------------- masks
@@ -687,7 +714,8 @@ class Pictures(Dataset):
 
     def equal_sizes(self, batch_size):
         """Numbers of the pictures in batches that stack: as many of one size as `batch_size` allows."""
-        sizes = [picture_size(self.folder.picture(id)) for id in self.ids]
+        with ThreadPool(16) as threads:                                        # headers of a million files far away: threads wait for them together
+            sizes = threads.map(lambda id: picture_size(self.folder.picture(id)), self.ids)
         for _, group in groupby(sorted(range(len(sizes)), key=lambda i: (sizes[i], i)), key=lambda i: sizes[i]):
             group = list(group)
             yield from (group[n:n + batch_size] for n in range(0, len(group), batch_size))
@@ -702,17 +730,40 @@ def by_size(folder, ids, batch_size, env, workers=0):
 
 # ---------------------------------------------------------------- training samples
 
+class Erase(v2.RandomErasing):
+    """Random erasing by noise: the mean colour +- its spread, cut to [0, 1]."""
+    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+
+    def make_params(self, flat_inputs):
+        drawn = super().make_params(flat_inputs)
+        if drawn["v"] is not None:
+            drawn["v"] = (drawn["v"] * self.std + self.mean).clamp(0, 1)
+        return drawn
+
+
 def train_transform(size, scale=(0.08, 1.0), randaugment=False, erase=0.0):
-    """RandomResizedCrop and flip of picture and mask alike; RandAugment m9 and random erasing if asked (SemPLeS (a), (c))."""
-    steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip()]
+    """-> function of a picture's path: RandomResizedCrop and flip; RandAugment m9 and random erasing if asked (SemPLeS (a), (c))."""
+    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    steps = [v2.RandomHorizontalFlip()]
     if randaugment:
         steps.append(v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR))     # 9 of 10, as timm counts
     steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
-    if erase:                                                                  # by the mean colour +- its spread; Samples cuts it to [0, 1]
-        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-        steps += [v2.Normalize(mean.tolist(), std.tolist()), v2.RandomErasing(erase, value="random"),
-                  v2.Normalize((-mean / std).tolist(), (1 / std).tolist())]
-    return v2.Compose(steps)
+    if erase:
+        steps.append(Erase(erase, value="random", inplace=True))
+    return partial(crop_and_augment, crop, v2.Compose(steps))
+
+
+def crop_and_augment(crop, augment, path):
+    """-> (3, h, w) in [0, 1]. The crop is drawn from the size that the header tells, so that of a large JPEG only the pixels it needs are decoded."""
+    with opened(path) as file:
+        height, width = shown_size(file)
+        box = crop.make_params([torch.empty(()).expand(3, height, width)])                 # looks at the shape alone
+        image = decode(file, [math.ceil(n * m / box[side]) for n, m, side in zip((height, width), crop.size, ("height", "width"))])
+    x, y = image.width / width, image.height / height                                      # 1, unless it was reduced
+    left, top, right, bottom = box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]
+    image = image.crop((round(left * x), round(top * y), round(right * x), round(bottom * y)))
+    image = v2.functional.resize(tv_tensors.Image(to_tensor(image)), crop.size, crop.interpolation, antialias=crop.antialias)
+    return augment(image).as_subclass(torch.Tensor)
 
 
 class Samples(Dataset):
@@ -720,7 +771,7 @@ class Samples(Dataset):
     worker or the batch it happens to be in. So any number of processes sees the same crops, and a resumed run too."""
 
     def __init__(self, folder, ids, transform, seed=0, masks=None):
-        """`masks`: id -> path of a label map, for segmentation; the mask is then transformed with the picture."""
+        """`transform` takes the path of a picture. With `masks`, id -> path of a label map, for segmentation, it takes picture and mask together."""
         self.folder, self.ids, self.labels = folder, ids, folder.labels(ids) if masks is None else None
         self.transform, self.seed, self.masks = transform, seed, masks
 
@@ -730,13 +781,14 @@ class Samples(Dataset):
     def __getitem__(self, key):
         """(epoch, i) -> picture (3, h, w) in [0, 1], labels (C,) or mask (h, w) int64, i."""
         epoch, i = key
-        image = tv_tensors.Image(np.array(load_image(self.folder.picture(self.ids[i]))).transpose(2, 0, 1))
-        parts = (image,) if self.masks is None else (image, tv_tensors.Mask(self.mask(i, image)))
+        path = self.folder.picture(self.ids[i])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0x7FFFFFFFFFFFFFFF)
-            out = self.transform(*parts)
-        image = (out if self.masks is None else out[0]).as_subclass(torch.Tensor).clamp(0, 1)
-        return image, self.labels[i] if self.masks is None else out[1].as_subclass(torch.Tensor).long(), i
+            if self.masks is None:
+                return self.transform(path), self.labels[i], i
+            image = tv_tensors.Image(to_tensor(load_image(path)))
+            image, mask = self.transform(image, tv_tensors.Mask(self.mask(i, image)))
+        return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long(), i
 
     def collate(self, samples):
         """A batch; an empty one where a rank's share of a small batch is empty."""
