@@ -7,7 +7,7 @@ of the batch's classes through the text tower and back; with stored features (--
 as can be. A multiplication and an addition are two operations; elementwise ones are not counted.
 
     python bench/flops.py                                   # 4 pictures with 7 pairs, as the public code's step is usually counted
-    python bench/flops.py --pictures 64 --pairs 100         # a batch of VOC, minutes on a CPU
+    python bench/flops.py --pictures 64 --pairs 100         # a batch of VOC: 12 GB, half an hour on a CPU
 
 Public step, from reading what it computes, at 4 pictures and 7 pairs: 652 / 693 / 1,224 GFLOP in (a) / (b) / (c).
 """

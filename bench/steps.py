@@ -25,6 +25,7 @@ From 100 steps a turn on a last column has the minutes that 60 epochs of VOC (10
 """
 import argparse
 import itertools
+import os
 import resource
 import statistics
 import subprocess
@@ -271,6 +272,7 @@ def parse():
 def main():
     args = parse()
     device = torch.device(args.device)
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")                   # as common.Env does for a CPU
     images, labels = batch(args.pictures, args.pairs, len(TEXTS), 224)
     images = images.to(device)
 
