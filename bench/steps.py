@@ -9,7 +9,7 @@ DeiT-S, ViT-B/32, 224 px, 20 classes, random weights and pictures. Both sides co
     CLIP's own text encoder                         all 77 tokens; in (c) too all prompts, with a graph
     frozen is what no optimizer has                 CLIP's weights get gradients that nobody reads, S's backbone records a graph that nobody walks
 
-By torch.utils.flop_counter this makes 641 / 688 / 1,170 GFLOP at 4 pictures with 7 pairs; the public steps, from reading what they compute, 652 / 693 / 1,224.
+By torch.utils.flop_counter this makes about 650 / 700 / 1,190 GFLOP at 4 pictures with 7 pairs; the public steps, from reading what they compute, 652 / 693 / 1,224.
 
 The sides take turns in one process, `--rounds` times after a warm-up; times and ratios are medians over the rounds. Peak memory is of a process that does
 nothing but two steps of one side: on a CPU its largest resident set, python, torch and the weights included; on a GPU what torch allocated. Pictures lie
@@ -214,7 +214,7 @@ def counted(*call):
     return counter.get_total_flops() / 1e9
 
 
-def peak(side, name, cuda):
+def peak(side, name):
     """GB of a fresh process that does two steps of one side."""
     done = subprocess.run([sys.executable, "-W", "ignore", __file__, *sys.argv[1:], "--peak-of", side, name], capture_output=True, text=True)
     return float(done.stdout.split()[-1]) if done.returncode == 0 else sys.exit(done.stderr)
@@ -281,17 +281,17 @@ def main():
 
     if args.peak_of:
         return two_steps(args, images, labels, prepare)
-    sides, gflop, times, peaks = {side: prepare(side) for side in SIDES}, {}, {}, {}
-    for name in (name for row in args.rows for name in STEPS[row]):
-        jobs = [(side, name) for side in SIDES if hasattr(sides[side], name)]
-        for side, _ in jobs:
+    jobs = [(side, name) for row in args.rows for name in STEPS[row] for side in SIDES if hasattr(SIDES[side], name)]
+    peaks = {job: peak(*job) for job in jobs}                     # first: a process starts with the resident set of the one that started it
+    sides, gflop, times = {side: prepare(side) for side in SIDES}, {}, {job: [] for job in jobs}
+    for name in dict.fromkeys(name for _, name in jobs):
+        turn = [job for job in jobs if job[1] == name]
+        for side, _ in turn:
             if name == "stored":
                 step(sides[side], name, images, labels)           # encodes, once
             gflop[side, name] = counted(sides[side], name, images, labels)            # and warms up
-            peaks[side, name] = peak(side, name, images.is_cuda)
-            times[side, name] = []
         for n in range(args.rounds):
-            for side, _ in jobs[::-1 if n % 2 else 1]:
+            for side, _ in turn[::-1 if n % 2 else 1]:
                 times[side, name].append(seconds(sides[side], name, args, images, labels))
     text = table(args, gflop, times, peaks)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
