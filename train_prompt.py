@@ -44,12 +44,12 @@ def encode_background(clip, S, images, b, k, args):
 
 
 def fresh(loader, clip, S, args, env):
-    """Per batch: v_b and the mean mask of its pairs, their classes, picture numbers; every crop is drawn and encoded here."""
+    """Per batch: v_b and the mean mask of its pairs, their classes (on the CPU), picture numbers; every crop is drawn and encoded here."""
     for images, labels, numbers in loader:
         b, k = labels.nonzero(as_tuple=True)
         with env.autocast():
-            v_b, area = encode_background(clip, S, images.to(env.device, non_blocking=True), b, k, args)
-        yield v_b, area, k.to(env.device), numbers
+            v_b, area = encode_background(clip, S, *(x.to(env.device, non_blocking=True) for x in (images, b, k)), args)
+        yield v_b, area, k, numbers
 
 
 class Stored:
@@ -66,7 +66,7 @@ class Stored:
         for chunk, (images, labels, _) in zip(chunks, env.progress(loader, f"prompts: {views} views", len(chunks))):
             b, k = labels.nonzero(as_tuple=True)
             with env.autocast():
-                v_b, area = encode_background(clip, S, images.to(env.device), b, k, args)
+                v_b, area = encode_background(clip, S, *(x.to(env.device) for x in (images, b, k)), args)
             self.features[self.rows(chunk)] = torch.cat([v_b, area[:, None]], dim=1)
         env.sum(self.features)                                                          # rows of other processes are zero here
 
@@ -79,8 +79,8 @@ class Stored:
         """As `fresh`, from the store."""
         for batch in batches:
             numbers = torch.tensor([i for _, i in batch], dtype=torch.long)
-            k = self.labels[numbers].nonzero()[:, 1].to(env.device)
-            stored = self.features[self.rows(batch)]
+            k = self.labels[numbers].nonzero()[:, 1]
+            stored = self.features[tuple(x.to(env.device, non_blocking=True) for x in self.rows(batch))]
             yield stored[:, :-1], stored[:, -1], k, numbers
 
 
@@ -104,7 +104,7 @@ def main():
     common.seed_all(args.seed)                                                          # the same prompts on every process
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
-    optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
+    optimizer = common.adamw([{"params": model.parameters()}], args)
     samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
     loader, batches = data.loader(samples, args.batch_size, env, args.workers)
     schedule, scaler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(batches)), env.scaler()
@@ -117,8 +117,10 @@ def main():
         batches.start(epoch, skip)
         features = stored(batches, env) if stored else fresh(loader, clip, S, args, env)
         for step, (v_b, area, k, numbers) in enumerate(env.progress(features, f"prompts {epoch + 1}/{args.epochs}", len(batches), skip), skip + 1):
+            present, at = k.unique(return_inverse=True)                                 # of labels on the CPU: nothing waits for the device
+            k, present, at = (x.to(env.device, non_blocking=True) for x in (k, present, at))
             with env.autocast():
-                u_b = prompts()[k]                                                      # (P, D)
+                u_b = prompts(present)[at]                                              # (P, D), each of the batch's classes encoded once
             loss = common.mean(losses.prompt_loss(u_b, v_b, class_text[k], args.lambda_t, args.repel, args.lambda_i))    # Eq. 2
             lr = optimizer.param_groups[0]["lr"]
             scaler.scale(loss).backward()

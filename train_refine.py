@@ -121,8 +121,9 @@ def main():
         with torch.no_grad():
             fixed = model["prompts"]()                                                  # u_b (C, D), once: prompts rest in a refine phase
         for step, (images, labels, numbers) in enumerate(env.progress(loader, f"{phase} {epoch + 1}/{total}", len(batches), skip), skip + 1):
-            b, k = (x.to(env.device, non_blocking=True) for x in labels.nonzero(as_tuple=True))
-            images = images.to(env.device, non_blocking=True)                                        # (P,) picture and class of every pair
+            b, k = labels.nonzero(as_tuple=True)                                                     # (P,) picture and class of every pair
+            present, at = k.unique(return_inverse=True)                                              # on the CPU: nothing waits for the device
+            images, b, k, present, at = (x.to(env.device, non_blocking=True) for x in (images, b, k, present, at))
             with env.autocast(), torch.set_grad_enabled(phase != "prompt"):
                 every = S(images)[0]                                                    # (B, C, h, w)
                 maps = F.interpolate(every[b, k][:, None], clip.size, mode="bilinear")[:, 0]                         # (P, H, W) of CLIP's input
@@ -131,7 +132,7 @@ def main():
                 regions = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
                 v_f, v_b = clip.encode_normalized(torch.cat(regions), args.micro_batch, args.mask_fill).chunk(2)     # (P, D) each
             with env.autocast():
-                u_b = (fixed if phase == "refine" else prompts())[k]                    # (P, D)
+                u_b = fixed[k] if phase == "refine" else prompts(present)[at]           # (P, D)
             if vision:                                                                  # what this background region shows most of
                 u_b = grounds[(v_b.detach() @ grounds.T).argmax(1)]
             match = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1

@@ -4,6 +4,7 @@ import hashlib
 import clip as openai_clip
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
 from wsss import clip_model
@@ -79,6 +80,57 @@ def test_a_prompt_depends_on_its_own_vectors_only(clip):
     prompts = clip_model.BackgroundPrompts(clip, num_classes=3, length=5)
     prompts()[1, 0].backward()
     assert prompts.vectors.grad[1].abs().max() > 0 and prompts.vectors.grad[[0, 2]].abs().max() == 0
+
+
+PAIRS = [torch.tensor(k, dtype=torch.long) for k in ([3, 0, 3], [1, 0], [], [4])]  # the classes of the pairs of four steps
+
+
+def learn(clip, encode, pairs=PAIRS):
+    """Four steps of AdamW on the prompts, u_b of the pairs from encode(prompts, k) -> features and gradient of every step, the vectors after them."""
+    torch.manual_seed(2)
+    prompts = clip_model.BackgroundPrompts(clip, num_classes=5, length=3)
+    v_b, optimizer, found = F.normalize(torch.randn(5, 32), dim=1), torch.optim.AdamW(prompts.parameters(), 0.05, weight_decay=0.1), []
+    for k in pairs:
+        u_b = encode(prompts, k)
+        (u_b * v_b[k]).sum().backward()
+        found += [u_b.detach(), prompts.vectors.grad.clone()]
+        optimizer.step(), optimizer.zero_grad()
+    return [*found, prompts.vectors.detach()]
+
+
+def present_only(prompts, k):
+    present, at = k.unique(return_inverse=True)
+    return prompts(present)[at]
+
+
+def test_prompts_of_the_classes_in_a_batch_are_a_step_as_of_all(clip):
+    """Features, gradients and AdamW, whose momentum and weight decay move the absent classes too; a step without a pair among them."""
+    few, all_ = learn(clip, present_only), learn(clip, lambda prompts, k: prompts()[k])
+    for a, b in zip(few, all_):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+    loop = learn(clip, lambda prompts, k: torch.stack([prompts(k[i:i + 1])[0] for i in range(len(k))]) if len(k) else prompts(k))
+    torch.testing.assert_close(few[-1], loop[-1], atol=1e-6, rtol=1e-5)
+    gradient = few[1]
+    assert (gradient[[0, 3]].flatten(1).norm(dim=1) > 0).all() and not gradient[[1, 2, 4]].any() and not few[5].any()
+
+
+def rank_without_a_pair(rank, clip, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = []
+
+    def encode(prompts, k):
+        model[:] = model or [torch.nn.parallel.DistributedDataParallel(prompts)]
+        return 2 * present_only(model[0], k)                      # DDP takes the mean of the two
+    torch.save(learn(clip, encode, [k[rank::2] for k in PAIRS])[1::2], f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_two_processes_of_which_one_has_no_pair(clip, tmp_path):
+    torch.multiprocessing.start_processes(rank_without_a_pair, (clip, tmp_path), nprocs=2, start_method="fork")
+    ranks = [torch.load(tmp_path / str(rank)) for rank in range(2)]
+    for one, *two in zip(learn(clip, present_only)[1::2], *ranks):
+        assert torch.equal(*two)
+        torch.testing.assert_close(one, two[0], atol=1e-6, rtol=1e-5)
 
 
 def test_frozen_and_never_in_training_mode(clip):

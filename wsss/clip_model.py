@@ -210,8 +210,11 @@ class BackgroundPrompts(nn.Module):
             self.register_buffer("start", embedding(tokens[:4]), persistent=False)    # SOS a photo of
             self.register_buffer("end", embedding(tokens[4:6]), persistent=False)     # . EOS
 
-    def forward(self):
-        """-> u_b (C, D), unit length."""
-        classes, length, _ = self.vectors.shape
-        x = torch.cat([self.start.expand(classes, -1, -1), self.vectors, self.end.expand(classes, -1, -1)], dim=1)  # (C, 6 + L, width)
-        return run_text_tower(self.hidden[0], x, torch.full((classes,), 5 + length, device=x.device))
+    def forward(self, classes=None):
+        """-> u_b (C, D), unit length; with `classes` (n,) only theirs, (n, D): a step costs the classes of its batch, the others' gradient is zero."""
+        vectors = self.vectors if classes is None else self.vectors.index_select(0, classes)
+        n, length, _ = vectors.shape
+        if n == 0:                                                # a rank without a pair: nothing to encode, and still a graph for DDP
+            return vectors.new_zeros(0, self.hidden[0].text_projection.shape[1]) + vectors.flatten(1).sum(1, keepdim=True)
+        x = torch.cat([self.start.expand(n, -1, -1), vectors, self.end.expand(n, -1, -1)], dim=1)    # (n, 6 + L, width)
+        return run_text_tower(self.hidden[0], x, torch.full((n,), 5 + length, device=x.device))

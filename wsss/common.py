@@ -281,7 +281,14 @@ def optimizer(groups, args):
     """AdamW or SGD, as `optimizing` has it."""
     if args.optimizer == "sgd":
         return torch.optim.SGD(groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay)
+    return adamw(groups, args)
+
+
+def adamw(groups, args):
+    """AdamW; for weights on a GPU as one kernel."""
+    groups = [{**group, "params": list(group["params"])} for group in groups]
+    fused = all(w.is_cuda for group in groups for w in group["params"]) or None
+    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=fused)
 
 
 def schedule(optimizer, args, steps):
