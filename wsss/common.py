@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -511,6 +512,10 @@ def short(fact):
 
 def save_state(path, model, optimizer, scheduler, scaler, epoch, step, args):
     """Everything the next step depends on: call it on all ranks, rank 0 writes. `step`: batches of `epoch` already done."""
+    broken = not_finite(unwrap(model), optimizer, scaler)
+    if broken:
+        raise ValueError(f"{path}: {broken} after step {step} of epoch {epoch}, though the loss was finite: not saved; lower --lr, or take --amp bf16 or off; "
+                         "the last saved state is from before")
     rng = {"python": random.getstate(), "numpy": numpy_state(), "torch": torch.get_rng_state(),
            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
     ranks = [rng]
@@ -520,6 +525,16 @@ def save_state(path, model, optimizer, scheduler, scaler, epoch, step, args):
     if not dist.is_initialized() or dist.get_rank() == 0:
         save(path, model=unwrap(model).state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
              scaler=scaler.state_dict(), rng=ranks, epoch=epoch, step=step, args=plain(args))
+
+
+def not_finite(model, optimizer, scaler):
+    """What the last steps have broken, or None. All ranks hold the same, so all of them answer alike."""
+    values = [*model.state_dict().items(), *((f"the optimizer's {name}", value) for state in optimizer.state.values() for name, value in state.items())]
+    broken = next((name for name, value in values if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all()), None)
+    if broken:
+        return f"{broken} holds NaN or infinity"
+    if scaler.is_enabled() and scaler.get_scale() < 1e-6:     # it halves with every step that is left out
+        return "no step is taken, since fp16 gradients are not finite at any scale,"
 
 
 def load_state(path, model, optimizer, scheduler, scaler, args):
@@ -586,7 +601,7 @@ class Log:
 class Meter:
     """Means of a step's numbers since the last log line, kept on the device: nothing in a step waits for them.
 
-    The first number is the loss. If it was ever not finite, `read` stops the run and names the batch; no state was saved since."""
+    The first number is the loss. If it was ever not finite, on any rank, `read` stops all of them and names the batch; no state was saved since."""
 
     def __init__(self, env):
         self.env, self.rows, self.batches = env, [], []
@@ -598,10 +613,13 @@ class Meter:
 
     def read(self, ids):
         rows = torch.stack(self.rows)                         # (steps, values)
-        bad = (~rows[:, 0].isfinite()).nonzero().flatten().tolist()
+        bad = self.env.sum((~rows[:, 0].isfinite()).int()).nonzero().flatten().tolist()      # steps: ranks that go on alone would wait for the others
         if bad:
-            batch = ", ".join(ids[i] for i in self.batches[bad[0]].tolist()[:8])
-            raise ValueError(f"the loss is {rows[bad[0], 0].item()} on the batch {batch}, ...: look at these pictures and their labels, "
+            found = [(rows[bad[0], 0].item(), [ids[i] for i in self.batches[bad[0]].tolist()[:8]])] * self.env.world
+            if self.env.world > 1:
+                dist.all_gather_object(found, found[0])
+            value, batch = next(seen for seen in found if not math.isfinite(seen[0]))
+            raise ValueError(f"the loss is {value} on the batch {', '.join(batch)}, ...: look at these pictures and their labels, "
                              "lower --lr, or take --amp bf16 or off; the last saved state is from before")
         means = self.env.sum(rows.mean(0)) / self.env.world   # common.mean scales by world, so this is the mean over all pairs
         self.rows, self.batches = [], []
