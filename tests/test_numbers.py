@@ -108,3 +108,196 @@ def test_a_loss_that_is_not_finite_leaves_the_state_from_before(one, tmp_path, s
     monkeypatch.undo()
     assert mean is common.mean and call(script, *flags(script, one, out, "--save-every", "2")).returncode == 0
     assert same(weights(out / f"{stage}.pt"), weights(one / f"out/{stage}.pt"))
+
+
+def test_rates_that_overflow_make_no_prototypes(one, tmp_path):
+    base = ["--data", one / "data", "--clip", one / "clip.pt", *SHARED, "--amp", "off", "--tau-t", "0.02", "--steps", "4", "--save-every", "1"]
+    done = call("vpl.py", *base, "--out", tmp_path, "--lr", "1e308")
+    assert done.returncode == 1 and "vpl.py: after step 1 the prototypes are not of unit length: a smaller --lr" in done.stderr and not list(tmp_path.glob("*.pt"))
+
+
+RANKS = """
+    import sys, torch
+    from wsss import common
+    args = common.parser("").parse_args(["--data", "x", "--out", sys.argv[1], "--device", "cpu"])
+    env = common.Env(args)
+    meter = common.Meter(env)
+    for step in range(3):
+        loss = torch.tensor(float("nan") if (env.rank, step) == (1, 1) else 1.0)
+        meter.add(torch.tensor([10 * env.rank + step]), loss=loss)
+    try:
+        meter.read([f"picture{n}" for n in range(20)])
+    except ValueError as error:
+        (args.out / f"{env.rank}.txt").write_text(str(error))
+    env.close()
+"""
+
+
+def test_a_loss_that_one_rank_sees_stops_both(tmp_path):
+    """And both name the batch of the rank that saw it: one that went on alone would wait for the other for ever."""
+    (tmp_path / "x.py").write_text(textwrap.dedent(RANKS))
+    run(tmp_path / "x.py", tmp_path, processes=2, timeout=60)
+    assert all((tmp_path / f"{rank}.txt").read_text().startswith("the loss is nan on the batch picture11, ...") for rank in (0, 1))
+
+
+# ---------------------------------------------------------------- fp16
+
+def test_fp16_leaves_out_steps_whose_gradients_overflow(tmp_path):
+    """A skipped step changes neither weights nor optimizer and halves the scale; where every step is, the state is refused."""
+    args = common.parser("").parse_args(["--data", "x", "--out", str(tmp_path), "--device", "cpu", "--amp", "fp16"])
+    env, w = common.Env(args), torch.nn.Linear(1, 1, bias=False)
+    torch.nn.init.constant_(w.weight, 0.5)
+    optimizer, scaler = torch.optim.AdamW(w.parameters(), 0.1), env.scaler()
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
+    save = lambda: common.save_state(tmp_path / "x.last.pt", w, optimizer, schedule, scaler, 0, 1, args)
+
+    def step(factor):
+        scaler.scale(w(torch.ones(1, 1)).sum() * factor).backward()
+        scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True)
+
+    step(1e38)                                                                                       # times 65,536: infinite
+    assert w.weight.item() == 0.5 and not optimizer.state and scaler.get_scale() == 32768
+    step(1.0)
+    assert w.weight.item() == pytest.approx(0.4, abs=1e-3) and scaler.get_scale() == 32768
+    save()
+    for _ in range(40):
+        step(float("inf"))
+    (tmp_path / "x.last.pt").unlink()
+    with pytest.raises(ValueError, match="x.last.pt: no step is taken, since fp16 gradients are not finite at any scale, after step 1.*--amp bf16 or off"):
+        save()
+    assert not list(tmp_path.glob("*.pt")) and w.weight.item() == pytest.approx(0.4, abs=1e-3)
+
+
+# ---------------------------------------------------------------- one class, few pixels, masks of one value
+
+def cam_ok(folder, labels, ids):
+    for id, label in zip(ids, labels):
+        maps = np.load(folder / f"{id}.npy")
+        assert len(maps) == label.sum() and np.isfinite(maps).all() and (maps >= 0).all() and (maps <= 1).all(), id
+        if maps.size:
+            data.load_cam(folder / f"{id}.npy", label, SIZES[id])                                    # of the picture's proportions
+
+
+def masks_ok(folder, ids, values):
+    for id in ids:
+        mask = data.load_mask(folder / f"{id}.png", 1)
+        assert mask.shape == SIZES[id] and set(np.unique(mask)) <= values, id
+
+
+def test_odd_pictures_of_one_class_through_every_stage(one, tmp_path):
+    """What each stage writes is finite and of the picture's size; a picture without a class is background."""
+    out, ids = tmp_path / "out", list(SIZES)
+    out.mkdir()
+    for name in TRAINERS.values():
+        (out / f"{name}.pt").symlink_to(one / "out" / f"{name}.pt")
+        assert all(math.isfinite(row["loss"]) for row in rows(one / f"out/{name}.jsonl"))
+    base, clip = ["--data", one / "data", "--out", out, *SHARED, "--amp", "off"], ["--clip", one / "clip.pt"]
+    labels = data.Folder(one / "data").labels(ids)
+    jobs = [["vpl.py", *clip, "--tau-t", "0.02", "--steps", "3"], *(["make_cam.py", "--source", source, *clip * (source != "refine"), "--cam", source] for source in ("refine", "text", "vision")),
+            ["make_cam.py", "--source", "text", *clip, "--cam", "scaled", "--no-affinity", "--scales", "0.5", "1.5", "--flip", "--stride", "4"],
+            *(["make_pseudo.py", "--cam", "vision", "--pseudo", preset, "--preset", preset, "--background", "power", "--ignore-below", "0.5"] for preset in crf.PRESETS),
+            ["make_pseudo.py", "--cam", "refine", "--pseudo", "torch", "--backend", "torch"], ["make_pseudo.py", "--cam", "refine", "--pseudo", "plain", "--no-crf"],
+            ["eval.py", "--what", "cam", "--cam", "vision", "--oracle"], ["eval.py", "--what", "pseudo", "--pseudo", "weaktr"],
+            ["eval.py", "--what", "seg", "--save", "--scales", "0.5", "1", "1.75"], ["report.py"]]
+    for job in jobs:
+        done = call(job[0], *base, *job[1:])
+        assert done.returncode == 0, (job, done.stderr)
+    for source in ("refine", "text", "vision", "scaled"):
+        cam_ok(out / source, labels, ids)
+    for folder in (*crf.PRESETS, "torch", "plain"):
+        masks_ok(out / folder, ids, {0, 1, 255} if folder in crf.PRESETS else {0, 1})
+        assert set(np.unique(data.load_mask(out / folder / "none.png"))) <= {0, 255}
+    masks_ok(out / "pred/train", ids, {0, 1})
+    for name in ("vision", "pseudo_weaktr", "seg"):
+        score = common.read_json(next(out.glob(f"eval_{name.removeprefix('pseudo_')}_train.json")))
+        assert 0 <= score["miou"] <= 1 and len(score["iou"]) == 2, name
+
+
+@pytest.mark.parametrize("model,more", [("segmenter_toy", ["--crop", "32"]), ("clip_decoder", ["--crop", "32", "--width", "16"])])
+def test_odd_pictures_train_and_test_other_networks(one, tmp_path, model, more):
+    pictures = ["--data", one / "data", "--out", tmp_path, *SHARED, "--amp", "off"]
+    clip = ["--clip", one / "clip.pt"] if model == "clip_decoder" else []
+    if clip:
+        assert call("vpl.py", *pictures, *clip, "--tau-t", "0.02", "--steps", "2").returncode == 0
+    done = call("train_seg.py", *pictures, "--model", model, "--init", "none", "--label-dir", one / "data/SegmentationClass", "--batch-size", "2", "--iterations", "4", "--log-every", "1", *clip, *more)
+    assert done.returncode == 0 and all(math.isfinite(row["loss"]) for row in rows(tmp_path / "seg.jsonl")), done.stderr
+    assert call("eval.py", *pictures, "--what", "seg", "--save", "--no-crf", "--scales", "0.5", "1").returncode == 0
+    masks_ok(tmp_path / "pred/train", list(SIZES), {0, 1})
+
+
+def test_superpixels_of_odd_pictures(one, tmp_path):
+    pytest.importorskip("skimage")
+    base = ["--data", one / "data", "--out", tmp_path, *SHARED, "--amp", "off"]
+    (tmp_path / "match.pt").symlink_to(one / "out/match.pt")
+    for job in (["make_cam.py", "--source", "match"], ["make_segments.py", "--source", "felzenszwalb"], ["make_segments.py", "--source", "slic", "--segments", "slic"],
+                ["make_pseudo.py", "--segments", tmp_path / "segments", "--pseudo", "sams"], ["make_pseudo.py", "--segments", tmp_path / "slic", "--vote", "sepl", "--pseudo", "sepl"]):
+        done = call(job[0], *base, *job[1:])
+        assert done.returncode == 0, (job, done.stderr)
+    for folder in ("sams", "sepl"):
+        masks_ok(tmp_path / folder, list(SIZES), {0, 1})
+
+
+def test_a_mask_of_one_value_shows_clip_all_or_nothing():
+    """A flat map is an empty mask, in float32 and without a division by 0; a mask of ones leaves no background."""
+    for value in (0.0, 3.0):
+        assert not losses.mask_from_map(torch.full((1, 4, 4), value), 0.1).any() and not losses.mask_from_map(torch.full((1, 1, 1), value), 1e-4).any()
+    images = torch.rand(1, 3, 4, 4)
+    for mask, (front, back) in ((torch.ones(1, 4, 4), (images, 0 * images)), (torch.zeros(1, 4, 4), (0 * images, images))):
+        found = losses.split_regions(images, mask)
+        assert torch.equal(found[0], front) and torch.equal(found[1], back)
+
+
+def test_no_pair_at_all_is_a_zero_with_a_gradient():
+    """What every trainer's loss is made of, for a batch or a rank without a pair: 0, and a gradient of 0, not NaN."""
+    w, none = torch.randn(4, 8, requires_grad=True), torch.zeros(0, dtype=torch.long)
+    v, u = w[none], torch.randn(0, 8)
+    values = [losses.match_loss(v, v, u, 2.4), losses.prompt_loss(v, u, u, 0.02), losses.refine_loss(v, u), losses.suppression_loss(v, torch.randn(3, 8), 0.26)]
+    loss = sum(common.mean(x) for x in values) + common.total(values[3]) + losses.region_contrast(w[None].transpose(1, 2)[:, :3, :1], torch.randn(3, 1), torch.zeros(1, 3), 0.07)
+    loss.backward()
+    assert loss.item() == 0 and not w.grad.any()
+
+
+# ---------------------------------------------------------------- a thousand classes
+
+def test_a_mask_of_8_bits_holds_254_classes(tmp_path):
+    make_odd(tmp_path / "data", ["dog"])
+    names = [f"class{n}" for n in range(1000)]
+    (tmp_path / "data/classes.txt").write_text("\n".join(names))
+    with pytest.raises(ValueError, match=r"data/classes.txt lists 1000 classes, an 8-bit mask holds 254"):
+        data.Folder(tmp_path / "data")
+    (tmp_path / "data/classes.txt").write_text("\n".join(names[:254]))
+    (tmp_path / "data/labels.txt").write_text("\n".join(f"{id} 253" for id in SIZES))
+    mask = np.full((33, 33), 254, np.uint8)
+    mask[0] = 255
+    data.save_mask(tmp_path / "data/SegmentationClass/all.png", mask)
+    folder = data.Folder(tmp_path / "data")
+    assert folder.labels(["all"]).argmax() == 253 and folder.truth("all").max() == 255
+    matrix = metrics.confusion(folder.truth("all"), np.full((33, 33), 254, np.uint8), 255)
+    assert metrics.iou(matrix).nanmean() == 1 and matrix.sum() == 32 * 33                              # 254 is a class, 255 is none
+
+
+def test_functions_take_a_thousand_classes(tiny_clip):
+    """Shapes, finite numbers, and for the last class the same as alone."""
+    C = 1000
+    clip = clip_model.load_clip(tiny_clip)
+    texts = clip.encode_text(data.class_texts([f"class {n}" for n in range(C)]))
+    assert texts.shape == (C, 16) and torch.allclose(texts[-1:], clip.encode_text(["a photo of class 999."]), atol=1e-6)
+    prompts = clip_model.BackgroundPrompts(clip, C, 2)
+    prompts().sum().backward()
+    assert prompts.vectors.grad.isfinite().all() and prompts.vectors.grad.shape == (C, 2, 64)
+    maps, logits = generator.build_generator("deit_tiny", C)(torch.rand(1, 3, 24, 24))
+    labels = torch.zeros(1, C).index_fill(1, torch.tensor([0, 999]), 1)
+    assert maps.shape == (1, C, 4, 4) and all(losses.cls_loss(z, labels).isfinite() for z in logits)
+
+    torch.manual_seed(0)
+    x = torch.nn.functional.normalize(torch.randn(50, 16), dim=1)
+    p_text = losses.assignment(x, texts, 0.01)
+    W = losses.learn_prototypes(x, texts, p_text, 0.03, 0.1, 3)
+    assert p_text.sum(1).allclose(torch.ones(50), atol=1e-4) and W.norm(dim=1).allclose(torch.ones(C), atol=1e-5)
+    assert losses.prototype_loss(x, W, p_text, 0.03) < losses.prototype_loss(x, texts, p_text, 0.03)
+    regions = losses.region_embeddings(torch.randn(1, 16, 3, 3), torch.rand(1, C, 3, 3))
+    assert losses.region_contrast(regions, W, labels, 0.07).isfinite() and losses.region_contrast(regions[:, [0, 999]], W[[0, 999]], torch.ones(1, 2), 0.07).isfinite()
+    probability = segmenter.predict(segmenter.build_segmenter("deeplab_toy", C).eval(), torch.rand(1, 3, 5, 5))
+    assert probability.shape == (1, 1 + C, 5, 5) and probability.sum(1).allclose(torch.ones(1, 5, 5), atol=1e-4)
+    posterior = crf.dense_crf(np.zeros((3, 3, 3), np.uint8), probability[0, :, :3, :3], backend="torch", iterations=1)
+    assert posterior.shape == (1 + C, 3, 3) and np.allclose(posterior.sum(0), 1, atol=1e-4)
