@@ -166,7 +166,7 @@ def build(args, folder, env):
     if args.model in mask2former.NAMES:
         if init and Path(init).is_file():
             return mask2former.rebuild_mask2former(whole or {}, init, args.model).to(env.device)
-        model = mask2former.build_mask2former(args.model, len(folder.classes), init).to(env.device)
+        model = mask2former.build_mask2former(args.model, len(folder.classes), init, common.from_hub).to(env.device)
         if env.main and model.origin:
             print(model.origin)
         return model
