@@ -38,7 +38,7 @@ MADE_BY = {  # finished weights -> the script to run when they are missing
     "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
 }
 # Flags that say where and how fast, not what: two runs that differ only in these give the same numbers.
-NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every", "log_every")
+NOT_THE_RECIPE = ("data", "out", "workers", "device", "deterministic", "resume", "save_every", "log_every")
 
 
 # ---------------------------------------------------------------- flags
@@ -59,6 +59,7 @@ def parser(doc, split="train_aug", batch_size=1, data=True):
     g.add_argument("--seed", type=natural, default=0, help="seed of everything random")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda; auto takes a GPU if there is one")
     g.add_argument("--amp", choices=list(AMP), default="bf16", help="precision of the networks; losses are always float32")
+    g.add_argument("--deterministic", action="store_true", help="on a GPU the same bits in each run, where PyTorch can, at the price of time; a CPU gives them anyway")
     g.add_argument("--limit", type=natural, default=0, help="only the first N pictures, for a look; 0: all")
     g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                    help="go on from what --out holds; --no-resume starts this stage again")
@@ -188,6 +189,9 @@ class Env:
             self.device = torch.device(kind)
         except RuntimeError:
             raise ValueError(f"--device {kind}: no such device; auto, cpu, cuda or cuda:1") from None
+        if args.deterministic:                                # before the GPU's libraries start
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)          # an operation that has no such form says so and goes on
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         else:                                                 # some virtual machines advertise AMX and kill the process that uses it (bf16)
@@ -201,8 +205,9 @@ class Env:
         return torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off")
 
     def scaler(self):
-        """Inert unless fp16, so that the loop has no branch."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        """Inert unless fp16, so that the loop has no branch. It leaves a step out whose gradients overflow, and halves its scale; the schedule goes on."""
+        # At PyTorch's 2 ** 16 gradients overflow inside CLIP: the first three steps, those of the highest rates, would be left out.
+        return torch.amp.GradScaler(self.device.type, init_scale=2.0 ** 10, enabled=self.amp == "fp16")
 
     def parallel(self, model):
         """The model under DDP when there are several processes; weights and buffers then start as rank 0's."""
