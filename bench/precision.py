@@ -7,7 +7,7 @@ DeiT with attention fusion, as WeakTr's, whose blocks are all in half precision.
     weights   |w - w_float32| over |w_float32 - start|: how far apart, as a share of the way that float32 went; and over |w_float32|
     skipped   fp16 steps that were left out, since a gradient overflowed at the scale of the loss
 
-    python bench/precision.py                                # 50 steps of 16 pictures
+    python bench/precision.py                                # 50 steps of 8 pictures
     python bench/precision.py --device cuda --write
 
 --write puts the table into docs/results.md.
@@ -110,8 +110,8 @@ def first_prompts(out, world, args):
 def parse():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--steps", type=int, default=50, help="of each stage, a multiple of --pictures / --batch-size")
-    p.add_argument("--pictures", type=int, default=160)
-    p.add_argument("--batch-size", type=int, default=16)
+    p.add_argument("--pictures", type=int, default=80)
+    p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--device", default="cpu")
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     args = p.parse_args()

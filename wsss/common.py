@@ -194,8 +194,8 @@ class Env:
             torch.use_deterministic_algorithms(True, warn_only=True)          # an operation that has no such form says so and goes on
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        else:                                                 # some virtual machines advertise AMX and kill the process that uses it (bf16)
-            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+        else:                                                 # all up to AMX, which some virtual machines advertise and then kill the process that uses it
+            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         args.out.mkdir(parents=True, exist_ok=True)
