@@ -14,7 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 sys.path.append(str(ROOT / "bench"))
 import precision  # noqa: E402
 
-from wsss import clip_model, common, crf, data, generator, losses, metrics, segmenter
+from wsss import clip_model, common, crf, data, generator, gradcam, losses, metrics, segmenter
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 SHARED = ["--split", "train", "--device", "cpu", "--workers", "0"]
@@ -253,6 +253,27 @@ def test_no_pair_at_all_is_a_zero_with_a_gradient():
     loss = sum(common.mean(x) for x in values) + common.total(values[3]) + losses.region_contrast(w[None].transpose(1, 2)[:, :3, :1], torch.randn(3, 1), torch.zeros(1, 3), 0.07)
     loss.backward()
     assert loss.item() == 0 and not w.grad.any()
+
+
+def test_gradcam_of_one_text_without_a_rival(tiny_clip):
+    """L = t_k alone: the maps of cosine and patches, as autograd has them; of one patch, a map of 0."""
+    clip = clip_model.load_clip(tiny_clip)
+    text, b = clip.encode_text(["a photo of a dog."]), torch.zeros(1, dtype=torch.long)
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 24, 24)
+    x, attention, grid = gradcam.last_inputs(clip, images)
+    found = gradcam.class_maps(clip, x, attention, grid, text, 1, b, b, 100)
+    u = gradcam.last_block(clip, x).u.clone().requires_grad_()
+    with pytest.MonkeyPatch.context() as patch:
+        norm = gradcam.layer_norm
+        patch.setattr(gradcam, "layer_norm", lambda module, y: u if module is clip.model.visual.transformer.resblocks[-1].ln_1 else norm(module, y))
+        e = torch.nn.functional.normalize(gradcam.last_block(clip, x).patches.mean(1), dim=-1)
+    weights, = torch.autograd.grad((100 * e @ text.T).sum(), u)
+    want = (u[:, 1:] @ weights[:, 1:].mean(1).unsqueeze(-1)).relu().view(1, *grid)
+    assert found.max() == 1 and torch.allclose(found, gradcam.min_max(want), atol=1e-3)
+    for size in ((1, 1), (3, 200)):
+        maps = gradcam.class_maps(clip, *gradcam.last_inputs(clip, torch.rand(1, 3, *size)), text, 1, b, b, 100, box=0.4)
+        assert maps.shape == (1, 1, max(1, size[1] // 8)) and maps.isfinite().all()
 
 
 # ---------------------------------------------------------------- a thousand classes
