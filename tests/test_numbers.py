@@ -120,6 +120,14 @@ def test_rates_that_overflow_make_no_prototypes(one, tmp_path):
     assert done.returncode == 1 and "vpl.py: after step 1 the prototypes are not of unit length: a smaller --lr" in done.stderr and not list(tmp_path.glob("*.pt"))
 
 
+@pytest.mark.parametrize("flag", ["--lr", "--weight-decay", "--momentum", "--lambda-b", "--mask-eps", "--drop-path"])
+def test_flags_take_numbers(one, tmp_path, flag):
+    for wrong in ("nan", "inf", "-1", *["1e39"] * (flag != "--mask-eps")):
+        done = call("train_match.py", *flags("train_match.py", one, tmp_path / "out", f"{flag}={wrong}"))
+        assert done.returncode == 2 and f"argument {flag}: {wrong} is not" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_loss_that_one_rank_sees_stops_both(monkeypatch, rank):
     """Of two ranks the second has a NaN in its second step. Both stop and name its batch: one that went on alone would wait for the other for ever."""

@@ -72,7 +72,7 @@ def matching(p, mask_eps=0.1):
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
     g.add_argument("--template", default="a photo of {}.", help="text of a class")
     g.add_argument("--pool", choices=["max", "avg"], help="pooling of S's attention fusion; left out: what the file of S says, else max (max: VOC, avg: COCO)")
-    g.add_argument("--mask-eps", type=float, default=mask_eps, help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
+    g.add_argument("--mask-eps", type=above_zero, default=mask_eps, help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
                    help="what a removed pixel becomes: mean colour, black, or the mean colour under ImageNet's statistics (authors' code)")
     g.add_argument("--micro-batch", type=natural, default=0, help="regions CLIP encodes at a time, to save memory; 0: all of a step")
@@ -82,10 +82,10 @@ def matching(p, mask_eps=0.1):
 def clims(p):
     """The flags of the stages that train S on CLIP's regions, for CLIMS's losses; the defaults are SemPLeS's on WeakTr's generator, without them."""
     g = p.add_argument_group("CLIMS (SemPLeS Table 4): lambda_match L_match + lambda_cbs CBS + lambda_reg REG")
-    g.add_argument("--lambda-match", type=float, default=1.0, help="weight of L_match (CLIMS: 10 with --lambda-b 2.4 on VOC, 2 with 7 on COCO)")
-    g.add_argument("--lambda-cbs", type=float, default=0.0, help="weight of co-occurring background suppression (CLIMS: 1, COCO 1.25); CBS is a sum over pairs "
+    g.add_argument("--lambda-match", type=number, default=1.0, help="weight of L_match (CLIMS: 10 with --lambda-b 2.4 on VOC, 2 with 7 on COCO)")
+    g.add_argument("--lambda-cbs", type=number, default=0.0, help="weight of co-occurring background suppression (CLIMS: 1, COCO 1.25); CBS is a sum over pairs "
                    "and texts, so that a larger batch makes it count more: CLIMS's weight is one for --batch-size 16")
-    g.add_argument("--lambda-reg", type=float, default=0.0, help="weight of the mean of all maps (CLIMS: 0.2); raise it if masks swallow the picture")
+    g.add_argument("--lambda-reg", type=number, default=0.0, help="weight of the mean of all maps (CLIMS: 0.2); raise it if masks swallow the picture")
     g.add_argument("--tau-cbs", type=float, default=0.26, help="CBS counts a text from this cosine on (COCO: 0.285)")
     g.add_argument("--background-texts", default="clims", help="backgrounds of CBS: clims for CLIMS's ten, or a file of names, one a line")
     return g
@@ -109,8 +109,8 @@ def training(p, epochs=60, lr=6.4e-5, weight_decay=0.03, crop=224, randaugment=T
     """The flags of the stages that train on random crops; the defaults are those of the paper's VOC recipe for the stage."""
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=positive, default=epochs)
-    g.add_argument("--lr", type=float, default=lr, help="first rate, as it is used (for AdamW: the paper's number times batch / 512); falls to 0")
-    g.add_argument("--weight-decay", type=float, default=weight_decay)
+    g.add_argument("--lr", type=number, default=lr, help="first rate, as it is used (for AdamW: the paper's number times batch / 512); falls to 0")
+    g.add_argument("--weight-decay", type=number, default=weight_decay)
     g.add_argument("--crop", type=positive, default=crop, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=float, default=0.08, help="least share of the picture in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=randaugment, help="RandAugment of magnitude 9")
@@ -125,7 +125,7 @@ def optimizing(g):
     g.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="adamw with a cosine (WeakTr, SemPLeS), or sgd with poly 0.9 (CLIMS)")
     g.add_argument("--head-rate", type=above_zero, default=1.0, help="rate of S's last layers, times --lr (CLIMS: 10)")
     # From the authors' code, not in the paper: IRN's, and so CLIMS's, optimiser hands the weight decay to SGD as its momentum.
-    g.add_argument("--momentum", type=float, default=0.9, help="SGD's momentum; CLIMS was trained with 1e-4, which makes its rates ten times smaller than with 0.9")
+    g.add_argument("--momentum", type=number, default=0.9, help="SGD's momentum; CLIMS was trained with 1e-4, which makes its rates ten times smaller than with 0.9")
     return g
 
 
@@ -151,6 +151,13 @@ def above_zero(text):
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def number(text):
+    value = float(text)
+    if not 0 <= value < 1e30:                                 # a rate or a weight; beyond, float32 overflows
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
     return value
 
 
