@@ -23,8 +23,12 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import recipe, stage, write  # noqa: E402
-from wsss import common, generator  # noqa: E402
+from wsss import clip_model, common, generator  # noqa: E402
 
+BOUNDS = {  # what the README states, over 50 steps; a run that exceeds them ends with 1
+    "bf16": {"loss": 0.25, "mean": 0.05, "weights": 0.15},
+    "fp16": {"loss": 0.03, "mean": 0.005, "weights": 0.015},
+}
 STAGES = {"match": "MATCH", "prompts": "PROMPT", "refine": "REFINE"}
 SCRIPTS = {"match": "train_match.py", "prompts": "train_prompt.py", "refine": "train_refine.py"}
 
@@ -101,7 +105,6 @@ def measure(root, args):
 
 def first_prompts(out, world, args):
     """The prompts as train_prompt.py draws them before the first step."""
-    from wsss import clip_model
     found = torch.load(out / "prompts.pt", map_location="cpu", weights_only=True)
     common.seed_all(found["args"]["seed"])
     return {"vectors": clip_model.BackgroundPrompts(clip_model.load_clip(world / "clip.pt"), len(found["classes"]), found["args"]["prompt_length"]).vectors.detach().double()}
@@ -127,6 +130,9 @@ def main():
     print(table(rows))
     if args.write:
         write("bench/precision.py", table(rows))
+    beyond = [" ".join(key) for key, row in rows.items() if any(row[name] > bound for name, bound in BOUNDS[key[2]].items())]
+    if beyond:
+        sys.exit(f"beyond the bounds: {', '.join(beyond)}")
 
 
 if __name__ == "__main__":

@@ -342,7 +342,8 @@ def test_half_precision_stays_near_float32(one, tmp_path, script):
         assert done.returncode == 0, done.stderr
     for amp in ("bf16", "fp16"):
         found = precision.compare(runs["off"], runs[amp], stage, weights(one / f"out/{stage}.pt"))
-        print(script, amp, found)
+        assert 0 < found["loss"] and all(found[name] <= bound for name, bound in precision.BOUNDS[amp].items()), (amp, found)
+        assert found["skipped"] == (0 if amp == "fp16" else None)
 
 
 def test_a_fresh_process_with_other_workers_makes_the_same_bits(one, tmp_path):
