@@ -119,7 +119,7 @@ def pseudo_mask(image, classes, cam, segments, args, device="cpu"):
     if segments and args.vote == "sams":
         return labels[sams(segments, scores[1:].numpy(), args.power)]
     best, row = scores.max(0)                                                                           # (H, W) each
-    mask = labels[row]
+    mask = labels[row.numpy()]                                                                          # a tensor of one pixel would be taken for a number
     mask[best.numpy() < args.ignore_below] = data.IGNORE
     return sepl(segments, mask) if segments else mask
 

@@ -115,9 +115,10 @@ class Sam:
             require(library, library)
         import transformers
         transformers.utils.logging.disable_progress_bar()
+        self.folder = env.in_turn(lambda: common.from_hub(args.sam))
         try:
-            model, report = env.in_turn(lambda: transformers.SamModel.from_pretrained(args.sam, output_loading_info=True))
-            self.processor = transformers.SamProcessor.from_pretrained(args.sam)
+            model, report = transformers.SamModel.from_pretrained(self.folder, output_loading_info=True)
+            self.processor = transformers.SamProcessor.from_pretrained(self.folder)
         except (OSError, ValueError) as error:
             raise ValueError(f"--sam {args.sam} cannot be loaded ({str(error).splitlines()[0]}): "
                              "give a name such as facebook/sam-vit-huge, or a folder with config.json, preprocessor_config.json and model.safetensors") from None
@@ -251,10 +252,10 @@ def count(levels):
     return np.append(np.bincount(np.asarray(levels, np.int64), minlength=3)[:3], len(levels) == 0)
 
 
-def weights(name):
-    """Fingerprints of the weights in a local folder, of all its shards; the name of those to download."""
-    files = sorted(Path(name).glob("*.safetensors")) or sorted(Path(name).glob("*.bin"))
-    return " ".join(common.fingerprint(file) for file in files) or name
+def weights(folder):
+    """Fingerprints of the weights in a folder, of all its shards."""
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
+    return " ".join(common.fingerprint(file) for file in files)
 
 
 def main():
@@ -264,7 +265,8 @@ def main():
     ids = folder.ids(args.split, args.limit)
     where = args.out / args.segments
     if args.source == "sam":
-        segmenter, facts = Sam(args, env), {"weights": weights(args.sam)}
+        segmenter = Sam(args, env)
+        facts = {"weights": weights(segmenter.folder)}
     else:
         require("skimage", "scikit-image")
         segmenter, facts = None, {}

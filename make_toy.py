@@ -244,9 +244,15 @@ def find_weights(args):
         args.weights.mkdir(parents=True, exist_ok=True)
         common.save(paths[0], **pack(train_clip(args.weights_seed, args.clip_steps), words(), seed=args.weights_seed, steps=args.clip_steps))
         common.save(paths[1], model=train_backbone(args.weights_seed, args.backbone_steps))
+        with common.atomic(args.weights / "SHA256SUMS") as beside:
+            beside.write_text("".join(f"{common.sha256(path)}  {path.name}\n" for path in paths))
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: it comes with the repository; --train-weights makes another")
+    sums = args.weights / "SHA256SUMS"
+    for path in paths:
+        if sums.exists() and common.sha256(path) not in sums.read_text():
+            raise ValueError(f"{path}: its SHA-256 is not in {sums}: take the repository's, or --train-weights")
     try:
         return [torch.load(path, weights_only=True) for path in paths]
     except Exception as error:                                             # zip, pickle and torch each raise their own for a foreign file

@@ -12,14 +12,14 @@ for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16 SAM SWIN; do         
 done
 cd "$home"
 
-imports='import torch, torchvision, numpy, PIL, tqdm, pytest; from clip.model import build_model'
+imports='import torch, torchvision, numpy, PIL, tqdm, pytest; from clip.model import build_model; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)'
 stamp=.venv/complete
 
 find_python() {
     for PYTHON in python3 python; do
-        command -v "$PYTHON" >/dev/null && "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 9))' && return
+        command -v "$PYTHON" >/dev/null && "$PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 10))' && return
     done
-    echo "setup.sh: no Python 3.9 or newer on the PATH" >&2
+    echo "setup.sh: no Python 3.10 or newer on the PATH" >&2
     exit 1
 }
 

@@ -29,10 +29,10 @@ def parse():
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
     p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS, IRN) to take as cls.pt instead of training one")
     g = common.optimizing(common.training(p, epochs=60, lr=7.5e-5))
-    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while it trains")
-    g.add_argument("--warmup", type=float, default=5, help="epochs of linear warm-up from --warmup-lr (AdamW)")
-    g.add_argument("--warmup-lr", type=float, default=1e-6)
-    g.add_argument("--min-lr", type=float, default=1e-5, help="rate the cosine ends at (AdamW)")
+    g.add_argument("--drop-path", type=common.share, default=0.1, help="stochastic depth of a DeiT while it trains")
+    g.add_argument("--warmup", type=common.number, default=5, help="epochs of linear warm-up from --warmup-lr (AdamW)")
+    g.add_argument("--warmup-lr", type=common.number, default=1e-6)
+    g.add_argument("--min-lr", type=common.number, default=1e-5, help="rate the cosine ends at (AdamW)")
     return p.parse_args()
 
 

@@ -26,7 +26,7 @@ from wsss import clip_model, common, data, generator, losses
 
 def parse():
     p = common.parser(__doc__, batch_size=64)
-    p.add_argument("--lambda-b", type=float, default=2.4, help="weight of the background term; raise it if the masks miss parts of the object")
+    p.add_argument("--lambda-b", type=common.number, default=2.4, help="weight of the background term; raise it if the masks miss parts of the object")
     p.add_argument("--init", help="generator to start from instead of <out>/cls.pt: a published checkpoint or one of ours")
     p.add_argument("--train-backbone", action="store_true", help="train all of S, as CLIMS does, and as SemPLeS's text may be read")
     # Neither paper has this: VPL's answer to the modality gap put into SemPLeS's question.
@@ -36,7 +36,7 @@ def parse():
     common.clims(p)
     g = common.optimizing(common.training(p, epochs=60, lr=6.4e-5))
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
-    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while S trains")
+    g.add_argument("--drop-path", type=common.share, default=0.1, help="stochastic depth of a DeiT while S trains")
     return p.parse_args()
 
 

@@ -22,8 +22,8 @@ from wsss import clip_model, common, data, generator, losses
 
 def parse():
     p = common.parser(__doc__, batch_size=128)
-    p.add_argument("--lambda-t", type=float, default=0.02, help="weight of the term that keeps a prompt away from its class text")
-    p.add_argument("--lambda-i", type=float, default=1.0, help="weight of the image term; 0: the ablation with the text term alone (Table 5)")
+    p.add_argument("--lambda-t", type=common.number, default=0.02, help="weight of the term that keeps a prompt away from its class text")
+    p.add_argument("--lambda-i", type=common.number, default=1.0, help="weight of the image term; 0: the ablation with the text term alone (Table 5)")
     p.add_argument("--repel", choices=["one_minus", "log"], default="one_minus", help="text term: -log(1 - sim) (WACV), or +log sim (arXiv v2)")
     p.add_argument("--prompt-length", type=common.positive, default=30, help="learned vectors a class")
     p.add_argument("--prompt-init", choices=["uniform", "normal"], default="uniform", help="[0, 1) as in the authors' code, or CLIP's own scale, std 0.02")

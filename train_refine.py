@@ -27,8 +27,8 @@ from wsss import clip_model, common, data, generator, losses
 
 def parse():
     p = common.parser(__doc__, batch_size=64)
-    p.add_argument("--lambda-b", type=float, default=2.4, help="weight of the background term of L_match")
-    p.add_argument("--lambda-refine", type=float, default=0.05, help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
+    p.add_argument("--lambda-b", type=common.number, default=2.4, help="weight of the background term of L_match")
+    p.add_argument("--lambda-refine", type=common.number, default=0.05, help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
     p.add_argument("--init", help="generator to start from instead of <out>/match.pt: a published checkpoint or one of ours")
     p.add_argument("--prompts", default="learned", choices=["learned", "random"], help="random: prompts as initialised, the ablation of Table 5")
     p.add_argument("--train-backbone", action="store_true", help="train all of S, as CLIMS does, and as SemPLeS's text may be read")
@@ -38,8 +38,8 @@ def parse():
     g = p.add_argument_group("learning schemes (arXiv Table 6)")
     g.add_argument("--scheme", choices=["sequential", "alternate", "joint"], default="sequential")
     g.add_argument("--rounds", type=common.positive, default=1, help="rounds of (b), (c) under --scheme alternate; the first (b) is train_prompt.py")
-    g.add_argument("--lr-prompts", type=float, default=0.025, help="rate of the prompts where they train here")
-    g.add_argument("--lambda-t", type=float, default=0.02, help="weight of the text term of L_prompt where prompts train here")
+    g.add_argument("--lr-prompts", type=common.number, default=0.025, help="rate of the prompts where they train here")
+    g.add_argument("--lambda-t", type=common.number, default=0.02, help="weight of the text term of L_prompt where prompts train here")
     g.add_argument("--repel", choices=["one_minus", "log"], default="one_minus", help="as in train_prompt.py")
     g.add_argument("--prompt-length", type=common.positive, default=30, help="vectors a class, for joint and random prompts")
     g.add_argument("--prompt-init", choices=["uniform", "normal"], default="uniform", help="as in train_prompt.py")
@@ -47,7 +47,7 @@ def parse():
     common.clims(p)
     g = common.optimizing(common.training(p, epochs=60, lr=6.4e-5))
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
-    g.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of a DeiT while S trains")
+    g.add_argument("--drop-path", type=common.share, default=0.1, help="stochastic depth of a DeiT while S trains")
     args = p.parse_args()
     if args.targets == "vision" and args.scheme != "sequential":
         p.error("--targets vision has no prompts to train: it goes with --scheme sequential")

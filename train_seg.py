@@ -61,10 +61,10 @@ def parse():
                    help="DeepLab: BatchNorm learns too, with the statistics of all processes (on GPUs); if not given, only with --init none")
     g = p.add_argument_group("training")
     g.add_argument("--iterations", type=common.positive, help=f"steps{papers('iterations')} (COCO: DeepLab 100,000). --batch-size{papers('batch_size')}")
-    g.add_argument("--lr", type=float, help="first rate, poly 0.9 to 0. DeepLab: of the backbone, x 10 for the head, x 20 for its biases; "
+    g.add_argument("--lr", type=common.number, help="first rate, poly 0.9 to 0. DeepLab: of the backbone, x 10 for the head, x 20 for its biases; "
                    f"Segmenter and Mask2Former: a tenth of it for the backbone{papers('lr')}")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="SGD, momentum 0.9, if not given, for Mask2Former AdamW; AdamW moves a fresh decoder in few steps")
-    g.add_argument("--weight-decay", type=float, help=f"decay{papers('weight_decay')}")
+    g.add_argument("--weight-decay", type=common.number, help=f"decay{papers('weight_decay')}")
     g.add_argument("--crop", type=common.positive, help="side of the random crop in pixels, for DeepLab best a multiple of its stride plus 1, "
                    f"for Segmenter a multiple of its patch, and its window at test, for Mask2Former a multiple of 32{papers('crop')}")
     g.add_argument("--min-scale", type=float, default=0.5, help="before the crop, a picture is resized by a random factor from this ...")
@@ -72,12 +72,12 @@ def parse():
     g.add_argument("--log-every", type=common.positive, default=20, help="steps between two lines of the log")
     g.add_argument("--save-every", type=common.positive, default=500, help="steps between two states to resume from")
     g = p.add_argument_group("Segmenter (WeakTr)")
-    g.add_argument("--clamp-start", type=float, help="large losses are clamped once their mean is below this, 1.2 if not given; 0: never")
+    g.add_argument("--clamp-start", type=common.number, help="large losses are clamped once their mean is below this, 1.2 if not given; 0: never")
     g.add_argument("--clamp-tile", type=common.positive, help="to the mean of their tile over the batch; its side in pixels, 120 if not given")
     g = p.add_argument_group("clip_decoder (VPL phase 2)")
     g.add_argument("--clip", default="ViT-B/16", help="the frozen CLIP, that of vpl.py: OpenAI name, or a file with CLIP's weights")
-    g.add_argument("--lambda-ce", type=float, default=1.0, help="weight of the cross-entropy (Eq. 14)")
-    g.add_argument("--lambda-rsc", type=float, default=1.0, help="weight of regional semantic contrast (Eq. 14); 0: without")
+    g.add_argument("--lambda-ce", type=common.number, default=1.0, help="weight of the cross-entropy (Eq. 14)")
+    g.add_argument("--lambda-rsc", type=common.number, default=1.0, help="weight of regional semantic contrast (Eq. 14); 0: without")
     g.add_argument("--tau-rsc", type=float, default=0.07, help="temperature of Eq. 13")
     g.add_argument("--width", type=common.positive, default=256, help="channels of the decoder, a multiple of its 8 heads")
     args = p.parse_args()
@@ -166,7 +166,7 @@ def build(args, folder, env):
     if args.model in mask2former.NAMES:
         if init and Path(init).is_file():
             return mask2former.rebuild_mask2former(whole or {}, init, args.model).to(env.device)
-        model = mask2former.build_mask2former(args.model, len(folder.classes), init).to(env.device)
+        model = mask2former.build_mask2former(args.model, len(folder.classes), init, common.from_hub).to(env.device)
         if env.main and model.origin:
             print(model.origin)
         return model

@@ -303,14 +303,14 @@ def test_imagenet_resnet101_for_deeplab(tmp_path, capsys):
         segmenter.build_segmenter("deeplab_toy", 20, path)
 
 
-@pytest.mark.parametrize("read,stem", [(generator.read, "resnet50"), (generator.read, "deit_small_patch16_224"), (segmenter.read, "resnet101")])
+@pytest.mark.parametrize("read,stem", [(generator.read, "resnet50"), (generator.read, "deit_small_patch16_224"), (segmenter.read, "resnet101"), (segmenter.read, "deit_small_patch16_224")])
 def test_a_file_named_by_its_checksum_is_checked(read, stem, tmp_path):
     path = save(tmp_path / "x.pth", {"a": torch.ones(3)})
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     whole, torn = tmp_path / f"{stem}-{digest[:8]}.pth", tmp_path / f"{stem}-0676ba61.pth"
     whole.symlink_to(path), torn.symlink_to(path)
     assert read(whole)["a"].sum() == 3
-    with pytest.raises(ValueError, match=f"{torn.name}: its SHA-256 does not begin with 0676ba61, as published: download it again"):
+    with pytest.raises(ValueError, match=f"{torn.name}: its SHA-256 is not the one that begins with 0676ba61, as published: download it again"):
         read(torn)
 
 

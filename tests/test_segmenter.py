@@ -1,16 +1,20 @@
 """DeepLab-v2 against naive loops: stride, summed branches, three scales; Segmenter's head and encoder; Mask2Former against its library;
 parameter groups; what a file of weights may be."""
+import hashlib
 import json
+import os
+import re
 import shutil
 import sys
+from pathlib import Path
 from types import ModuleType
-from urllib.error import URLError
+from urllib.request import urlopen
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT, same
-from torchvision.models import resnet101
+from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet101
 
 from wsss import generator, segmenter
 from wsss import mask2former as m2f
@@ -216,19 +220,37 @@ def test_wrong_weights_are_refused_by_name(tmp_path):
         segmenter.build_segmenter("deeplab", 3)
 
 
-def test_imagenet_comes_from_torchvision(monkeypatch, published):
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", lambda url, check_hash: {"asked": url, "hash": check_hash, **published.state_dict()})
-    state = segmenter.download_imagenet("deeplabv2_resnet101")
-    assert state.pop("asked") == "https://download.pytorch.org/models/resnet101-63fe2227.pth" and state.pop("hash") is True
+@pytest.mark.parametrize("module,name,file,flag", [(segmenter, "deeplabv2_resnet101", "resnet101-63fe2227.pth", "--init"), (generator, "resnet50", "resnet50-0676ba61.pth", "--start")])
+def test_imagenet_comes_from_its_publisher_and_nothing_else_stays(monkeypatch, tmp_path, module, name, file, flag):
+    """Through torch.hub's folder; a download, and a kept file, of another SHA-256 is refused and removed."""
+    url, place, other = f"https://download.pytorch.org/models/{file}", tmp_path / "checkpoints" / file, tmp_path / "x.pth"
+    torch.save({"fc.bias": torch.ones(3)}, other)
+    asked = []
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr("torch.hub.urlopen", lambda request: asked.append(request.full_url) or urlopen(other.as_uri()))
+    digits = file[-12:-4]
+    with pytest.raises(ValueError, match=rf'no ImageNet weights \(invalid hash value \(expected "{digits}.*put {url} at {place}, or give {flag} FILE or {flag} none'):
+        module.download_imagenet(name)
+    assert asked == [url] and os.listdir(tmp_path / "checkpoints") == []
+    place.write_bytes(b"torn")
+    with pytest.raises(ValueError, match=f"{place}: its SHA-256 is not the one that begins with {digits}, as published.*it is removed: run the same command again"):
+        module.download_imagenet(name)
+    assert not place.exists() and asked == [url]
+    monkeypatch.setitem(module.SHA256, file, hashlib.sha256(other.read_bytes()).hexdigest())
+    for _ in range(2):                                                                       # downloaded, then kept
+        assert module.download_imagenet(name)["fc.bias"].sum() == 3 and len(asked) == 2
+
+
+def test_toys_have_no_imagenet_weights():
     with pytest.raises(ValueError, match="deeplab_toy has no ImageNet weights"):
         toy(init="imagenet")
 
-    def offline(url, check_hash):
-        raise URLError("Name or service not known")
 
-    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(ValueError, match=r"not known.*put https://\S+63fe2227.pth at /\S+/checkpoints/resnet101-63fe2227.pth, or give --init FILE or --init none"):
-        segmenter.download_imagenet("deeplabv2_resnet101")
+def test_digests_are_those_of_the_names():
+    for name, digest in {**segmenter.SHA256, **generator.SHA256}.items():
+        assert len(digest) == 64 and digest.startswith(re.fullmatch(r".*-([0-9a-f]{8})\.pth", name)[1])
+    assert {Path(url).name for url in (segmenter.DEIT_IMAGENET, generator.DEIT_IMAGENET, ResNet101_Weights.IMAGENET1K_V1.url, ResNet50_Weights.IMAGENET1K_V1.url)} == {
+        *segmenter.SHA256, *generator.SHA256}
 
 
 # ---------------------------------------------------------------- Segmenter
@@ -338,10 +360,13 @@ def test_segmenter_starts_from_deits_file(tmp_path, monkeypatch):
         shapes = {k: v.shape for k, v in generator.DeiT(1).state_dict().items() if not k.startswith(("head.", "adaptive"))}
     deit = {k: torch.full(shape, n / 100) for n, (k, shape) in enumerate(shapes.items())}
     published = {"model": {**deit, "head.weight": torch.zeros(1000, 384), "head.bias": torch.zeros(1000)}}
-    asked = []
-    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda url, **how: asked.append((url, how["check_hash"], how["weights_only"])) or published)
+    place = tmp_path / "checkpoints/deit_small_patch16_224-cd65a155.pth"
+    place.parent.mkdir()
+    torch.save(published, place)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setitem(segmenter.SHA256, place.name, hashlib.sha256(place.read_bytes()).hexdigest())
     model = segmenter.build_segmenter("segmenter_deit_small", 20, "imagenet")
-    assert asked == [("https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth", True, True)] and model.window == (480, 320)
+    assert model.window == (480, 320)
     state = model.encoder.state_dict()
     assert state.keys() == deit.keys() and state["pos_embed"].shape == (1, 901, 384)
     assert all(torch.equal(state[k], deit[k]) for k in state if k != "pos_embed") and torch.allclose(state["pos_embed"], deit["pos_embed"].mean())
@@ -524,15 +549,8 @@ def edit(path, **values):
     path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
 
 
-def test_a_download_is_named_with_its_commit(library, tmp_path, monkeypatch):
+def test_a_download_is_named_with_its_commit(library, tmp_path):
     swin, _ = m2f.MASK2FORMER["mask2former_toy"]
-    library.SwinForImageClassification(library.SwinConfig(**swin)).save_pretrained(tmp_path)
-    read = library.AutoConfig.from_pretrained
-
-    def downloaded(where):
-        config = read(where)
-        config._commit_hash = "0123abc"
-        return config
-
-    monkeypatch.setattr(library.AutoConfig, "from_pretrained", downloaded)
-    assert m2f.build_mask2former("mask2former_toy", 3, str(tmp_path)).origin.startswith(f"{tmp_path} (0123abc): ")
+    library.SwinForImageClassification(library.SwinConfig(**swin)).save_pretrained(tmp_path / "0123abc")
+    model = m2f.build_mask2former("mask2former_toy", 3, "somebody/swin", find={"somebody/swin": str(tmp_path / "0123abc")}.get)
+    assert model.origin.startswith("somebody/swin (0123abc): ")

@@ -34,11 +34,13 @@ def load_clip(name_or_path, device="cpu", vit=False):
     elif vit and name in openai_clip.available_models() and name.startswith("RN"):
         raise ValueError(f"--clip {name}: the image encoder of this CLIP is a ResNet: a vision transformer is needed, take ViT-B/16")
     elif name in openai_clip.available_models():
+        place = Path.home() / ".cache" / "clip" / f"{name.replace('/', '-').replace('@', '-')}.pt"
         try:
             model, _ = openai_clip.load(name, device="cpu")
         except (OSError, RuntimeError) as error:
-            raise FileNotFoundError(f"CLIP {name}: download failed ({error}); put {name.replace('/', '-').replace('@', '-')}.pt into "
-                                    f"{Path.home() / '.cache' / 'clip'}, or pass the path of the file") from None
+            if "SHA256" in str(error):                            # what it has downloaded is another file, and lies there
+                place.unlink(missing_ok=True)
+            raise FileNotFoundError(f"CLIP {name}: download failed ({error}); put {place.name} into {place.parent}, or pass the path of the file") from None
     else:
         raise FileNotFoundError(f"CLIP {name}: no such file, and not one of {', '.join(openai_clip.available_models())}")
     return FrozenClip(model).to(device)

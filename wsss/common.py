@@ -12,6 +12,7 @@ import errno
 import hashlib
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -37,7 +38,7 @@ MADE_BY = {  # finished weights -> the script to run when they are missing
     "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
 }
 # Flags that say where and how fast, not what: two runs that differ only in these give the same numbers.
-NOT_THE_RECIPE = ("data", "out", "workers", "device", "resume", "save_every", "log_every")
+NOT_THE_RECIPE = ("data", "out", "workers", "device", "deterministic", "resume", "save_every", "log_every")
 
 
 # ---------------------------------------------------------------- flags
@@ -58,6 +59,7 @@ def parser(doc, split="train_aug", batch_size=1, data=True):
     g.add_argument("--seed", type=natural, default=0, help="seed of everything random")
     g.add_argument("--device", default="auto", help="auto, cpu, cuda; auto takes a GPU if there is one")
     g.add_argument("--amp", choices=list(AMP), default="bf16", help="precision of the networks; losses are always float32")
+    g.add_argument("--deterministic", action="store_true", help="on a GPU the same bits in each run, where PyTorch can, at the price of time; a CPU gives them anyway")
     g.add_argument("--limit", type=natural, default=0, help="only the first N pictures, for a look; 0: all")
     g.add_argument("--resume", action=argparse.BooleanOptionalAction, default=True,
                    help="go on from what --out holds; --no-resume starts this stage again")
@@ -70,7 +72,7 @@ def matching(p, mask_eps=0.1):
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
     g.add_argument("--template", default="a photo of {}.", help="text of a class")
     g.add_argument("--pool", choices=["max", "avg"], help="pooling of S's attention fusion; left out: what the file of S says, else max (max: VOC, avg: COCO)")
-    g.add_argument("--mask-eps", type=float, default=mask_eps, help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
+    g.add_argument("--mask-eps", type=above_zero, default=mask_eps, help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
                    help="what a removed pixel becomes: mean colour, black, or the mean colour under ImageNet's statistics (authors' code)")
     g.add_argument("--micro-batch", type=natural, default=0, help="regions CLIP encodes at a time, to save memory; 0: all of a step")
@@ -80,10 +82,10 @@ def matching(p, mask_eps=0.1):
 def clims(p):
     """The flags of the stages that train S on CLIP's regions, for CLIMS's losses; the defaults are SemPLeS's on WeakTr's generator, without them."""
     g = p.add_argument_group("CLIMS (SemPLeS Table 4): lambda_match L_match + lambda_cbs CBS + lambda_reg REG")
-    g.add_argument("--lambda-match", type=float, default=1.0, help="weight of L_match (CLIMS: 10 with --lambda-b 2.4 on VOC, 2 with 7 on COCO)")
-    g.add_argument("--lambda-cbs", type=float, default=0.0, help="weight of co-occurring background suppression (CLIMS: 1, COCO 1.25); CBS is a sum over pairs "
+    g.add_argument("--lambda-match", type=number, default=1.0, help="weight of L_match (CLIMS: 10 with --lambda-b 2.4 on VOC, 2 with 7 on COCO)")
+    g.add_argument("--lambda-cbs", type=number, default=0.0, help="weight of co-occurring background suppression (CLIMS: 1, COCO 1.25); CBS is a sum over pairs "
                    "and texts, so that a larger batch makes it count more: CLIMS's weight is one for --batch-size 16")
-    g.add_argument("--lambda-reg", type=float, default=0.0, help="weight of the mean of all maps (CLIMS: 0.2); raise it if masks swallow the picture")
+    g.add_argument("--lambda-reg", type=number, default=0.0, help="weight of the mean of all maps (CLIMS: 0.2); raise it if masks swallow the picture")
     g.add_argument("--tau-cbs", type=float, default=0.26, help="CBS counts a text from this cosine on (COCO: 0.285)")
     g.add_argument("--background-texts", default="clims", help="backgrounds of CBS: clims for CLIMS's ten, or a file of names, one a line")
     return g
@@ -107,8 +109,8 @@ def training(p, epochs=60, lr=6.4e-5, weight_decay=0.03, crop=224, randaugment=T
     """The flags of the stages that train on random crops; the defaults are those of the paper's VOC recipe for the stage."""
     g = p.add_argument_group("training")
     g.add_argument("--epochs", type=positive, default=epochs)
-    g.add_argument("--lr", type=float, default=lr, help="first rate, as it is used (for AdamW: the paper's number times batch / 512); falls to 0")
-    g.add_argument("--weight-decay", type=float, default=weight_decay)
+    g.add_argument("--lr", type=number, default=lr, help="first rate, as it is used (for AdamW: the paper's number times batch / 512); falls to 0")
+    g.add_argument("--weight-decay", type=number, default=weight_decay)
     g.add_argument("--crop", type=positive, default=crop, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=float, default=0.08, help="least share of the picture in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=randaugment, help="RandAugment of magnitude 9")
@@ -123,7 +125,7 @@ def optimizing(g):
     g.add_argument("--optimizer", choices=["adamw", "sgd"], default="adamw", help="adamw with a cosine (WeakTr, SemPLeS), or sgd with poly 0.9 (CLIMS)")
     g.add_argument("--head-rate", type=above_zero, default=1.0, help="rate of S's last layers, times --lr (CLIMS: 10)")
     # From the authors' code, not in the paper: IRN's, and so CLIMS's, optimiser hands the weight decay to SGD as its momentum.
-    g.add_argument("--momentum", type=float, default=0.9, help="SGD's momentum; CLIMS was trained with 1e-4, which makes its rates ten times smaller than with 0.9")
+    g.add_argument("--momentum", type=number, default=0.9, help="SGD's momentum; CLIMS was trained with 1e-4, which makes its rates ten times smaller than with 0.9")
     return g
 
 
@@ -149,6 +151,13 @@ def above_zero(text):
     value = float(text)
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is not a number above 0")
+    return value
+
+
+def number(text):
+    value = float(text)
+    if not 0 <= value < 1e30:                                 # a rate or a weight; beyond, float32 overflows
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 up")
     return value
 
 
@@ -187,10 +196,13 @@ class Env:
             self.device = torch.device(kind)
         except RuntimeError:
             raise ValueError(f"--device {kind}: no such device; auto, cpu, cuda or cuda:1") from None
+        if args.deterministic:                                # before the GPU's libraries start
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True, warn_only=True)          # an operation that has no such form says so and goes on
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        else:                                                 # some virtual machines advertise AMX and kill the process that uses it (bf16)
-            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")
+        else:                                                 # all up to AMX, which some virtual machines advertise and then kill the process that uses it
+            os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -200,8 +212,9 @@ class Env:
         return torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off")
 
     def scaler(self):
-        """Inert unless fp16, so that the loop has no branch."""
-        return torch.amp.GradScaler(self.device.type, enabled=self.amp == "fp16")
+        """Inert unless fp16, so that the loop has no branch. It leaves a step out whose gradients overflow, and halves its scale; the schedule goes on."""
+        # At PyTorch's 2 ** 16 gradients overflow inside CLIP: the first three steps, those of the highest rates, would be left out.
+        return torch.amp.GradScaler(self.device.type, init_scale=2.0 ** 10, enabled=self.amp == "fp16")
 
     def parallel(self, model):
         """The model under DDP when there are several processes; weights and buffers then start as rank 0's."""
@@ -371,13 +384,41 @@ def save_json(path, content):
         beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
-def fingerprint(path):
-    """The first 16 digits of a file's SHA-256: says which weights made a result."""
+def sha256(path):
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
+
+
+def fingerprint(path):
+    """The first 16 digits of a file's SHA-256: says which weights made a result."""
+    return sha256(path)[:16]
+
+
+def from_hub(name):
+    """A model's name on the Hugging Face hub -> the folder of its files, downloaded once; a folder is itself.
+
+    The hub, and its folder here, name a file of weights by its SHA-256: one that is torn or was changed is removed."""
+    if Path(name).is_dir():
+        return str(name)
+    try:
+        from huggingface_hub import snapshot_download        # comes with transformers
+        folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+        if not list(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
+    except ImportError:
+        raise ValueError(f"{name} is no folder, and to download it huggingface_hub is missing: pip install transformers") from None
+    except Exception as error:                                # no connection, no such model, no permission: each raises its own
+        raise ValueError(f"{name} cannot be loaded: no folder, and not to be had from the Hugging Face hub ({' '.join(str(error).split())[:120]}): "
+                         "give a model's name, with a connection, or the folder of a downloaded one") from None
+    for path in folder.iterdir():
+        blob = path.resolve()
+        if re.fullmatch("[0-9a-f]{64}", blob.name) and sha256(blob) != blob.name:
+            blob.unlink(), path.unlink(missing_ok=True)
+            raise ValueError(f"{path}: its SHA-256 is not {blob.name[:16]}..., the hub's: removed, run the same command again to download it")
+    return str(folder)
 
 
 def read_json(path):
@@ -518,6 +559,10 @@ def short(fact):
 
 def save_state(path, model, optimizer, scheduler, scaler, epoch, step, args):
     """Everything the next step depends on: call it on all ranks, rank 0 writes. `step`: batches of `epoch` already done."""
+    broken = not_finite(unwrap(model), optimizer, scaler)
+    if broken:
+        raise ValueError(f"{path}: {broken} after step {step} of epoch {epoch}, though the loss was finite: not saved; lower --lr, or take --amp bf16 or off; "
+                         "the last saved state is from before")
     rng = {"python": random.getstate(), "numpy": numpy_state(), "torch": torch.get_rng_state(),
            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}
     ranks = [rng]
@@ -527,6 +572,16 @@ def save_state(path, model, optimizer, scheduler, scaler, epoch, step, args):
     if not dist.is_initialized() or dist.get_rank() == 0:
         save(path, model=unwrap(model).state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
              scaler=scaler.state_dict(), rng=ranks, epoch=epoch, step=step, args=plain(args))
+
+
+def not_finite(model, optimizer, scaler):
+    """What the last steps have broken, or None. All ranks hold the same, so all of them answer alike."""
+    values = [*model.state_dict().items(), *((f"the optimizer's {name}", value) for state in optimizer.state.values() for name, value in state.items())]
+    broken = next((name for name, value in values if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all()), None)
+    if broken:
+        return f"{broken} holds NaN or infinity"
+    if scaler.is_enabled() and scaler.get_scale() < 1e-6:     # it halves with every step that is left out
+        return "no step is taken, since fp16 gradients are not finite at any scale,"
 
 
 def load_state(path, model, optimizer, scheduler, scaler, args):
@@ -593,7 +648,7 @@ class Log:
 class Meter:
     """Means of a step's numbers since the last log line, kept on the device: nothing in a step waits for them.
 
-    The first number is the loss. If it was ever not finite, `read` stops the run and names the batch; no state was saved since."""
+    The first number is the loss. If it was ever not finite, on any rank, `read` stops all of them and names the batch; no state was saved since."""
 
     def __init__(self, env):
         self.env, self.rows, self.batches = env, [], []
@@ -605,10 +660,13 @@ class Meter:
 
     def read(self, ids):
         rows = torch.stack(self.rows)                         # (steps, values)
-        bad = (~rows[:, 0].isfinite()).nonzero().flatten().tolist()
+        bad = self.env.sum((~rows[:, 0].isfinite()).int()).nonzero().flatten().tolist()      # steps: ranks that go on alone would wait for the others
         if bad:
-            batch = ", ".join(ids[i] for i in self.batches[bad[0]].tolist()[:8])
-            raise ValueError(f"the loss is {rows[bad[0], 0].item()} on the batch {batch}, ...: look at these pictures and their labels, "
+            found = [(rows[bad[0], 0].item(), [ids[i] for i in self.batches[bad[0]].tolist()[:8]])] * self.env.world
+            if self.env.world > 1:
+                dist.all_gather_object(found, found[0])
+            value, batch = next(seen for seen in found if not math.isfinite(seen[0]))
+            raise ValueError(f"the loss is {value} on the batch {', '.join(batch)}, ...: look at these pictures and their labels, "
                              "lower --lr, or take --amp bf16 or off; the last saved state is from before")
         means = self.env.sum(rows.mean(0)) / self.env.world   # common.mean scales by world, so this is the mean over all pairs
         self.rows, self.batches = [], []

@@ -768,7 +768,9 @@ def crop_and_augment(crop, augment, path):
 
 class Samples(Dataset):
     """Augmented training samples. Each draws its noise from (seed, epoch, picture) alone: not from the process, the
-    worker or the batch it happens to be in. So any number of processes sees the same crops, and a resumed run too."""
+    worker or the batch it happens to be in. So any number of processes sees the same crops, and a resumed run too.
+
+    The hash of whole numbers is the same in every 64-bit CPython from 3.8 on, whatever PYTHONHASHSEED; what is drawn from it is torch's."""
 
     def __init__(self, folder, ids, transform, seed=0, masks=None):
         """`transform` takes the path of a picture. With `masks`, id -> path of a label map, for segmentation, it takes picture and mask together."""

@@ -20,6 +20,10 @@ import torch.nn.functional as F
 from torchvision.models import ResNet50_Weights, resnet50
 
 DEIT_IMAGENET = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
+SHA256 = {                                                        # the publishers give the first eight digits, in the name
+    "deit_small_patch16_224-cd65a155.pth": "cd65a15597004d0ce19d7a9daef969903972db5b398e3a5febcd3c4df1d8f59f",
+    "resnet50-0676ba61.pth": "0676ba61b6795bbe1773cffd859882e5e297624d384b6993f7c9e683e722fb8a",
+}
 
 
 # ----------------------------------------------------------------------------- DeiT with attention fusion (WeakTr)
@@ -366,15 +370,22 @@ NAMES = ("deit_small", "resnet50", "cnn_toy", "clims_toy", "deit_tiny")
 
 
 def download_imagenet(name):
-    """DeiT-S's or ResNet-50's ImageNet weights, their SHA-256 checked against the digits that their publishers put into the name."""
+    """DeiT-S's or ResNet-50's ImageNet weights, where torch.hub keeps them, their SHA-256 checked at each reading; another file is removed."""
     if name not in ("deit_small", "resnet50"):
         raise ValueError(f"generator {name} has no ImageNet weights: pass the file of its backbone")
     url = DEIT_IMAGENET if name == "deit_small" else ResNet50_Weights.IMAGENET1K_V1.url
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     try:
-        content = torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)
-    except Exception as error:                                    # no connection, another hash, a torn file: each raises its own
-        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(place), SHA256[place.name])       # beside, then renamed
+    except Exception as error:                                    # no connection, another hash, a full disk: each raises its own
         raise ValueError(f"no ImageNet weights ({error}): put {url} at {place}, or give --start FILE or --start none") from None
+    try:
+        content = read(place)
+    except ValueError as error:
+        place.unlink()
+        raise ValueError(f"{error}; it is removed: run the same command again") from None
     return content.get("model", content)
 
 
@@ -499,8 +510,8 @@ def read(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such checkpoint")
     digits = re.fullmatch(r"(?:deit_small_patch16_224|resnet50)-([0-9a-f]{8})\.pth", Path(path).name)     # of its SHA-256: torch.hub's convention
-    if digits and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(digits[1]):
-        raise ValueError(f"{path}: its SHA-256 does not begin with {digits[1]}, as published: download it again")
+    if digits and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(SHA256.get(Path(path).name, digits[1])):
+        raise ValueError(f"{path}: its SHA-256 is not the one that begins with {digits[1]}, as published: download it again")
     try:
         with torch.serialization.safe_globals(PLAIN):
             return torch.load(path, map_location="cpu", weights_only=True)

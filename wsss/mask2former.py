@@ -8,6 +8,7 @@ Its losses are in losses.py (set_losses): transformers' own know no ignored pixe
 """
 import json
 from collections import Counter
+from pathlib import Path
 
 import torch
 import torch.nn as nn
@@ -89,10 +90,10 @@ def transformers():
     return transformers
 
 
-def build_mask2former(name, num_classes, init=None):
-    """`init`: None, "imagenet", or a model's name or folder that transformers reads: a Swin, or a whole Mask2Former."""
+def build_mask2former(name, num_classes, init=None, find=str):
+    """`init`: None, "imagenet", or a model's name or folder that transformers reads: a Swin, or a whole Mask2Former. `find`: name -> folder of a checked download."""
     if init is not None:
-        return start_mask2former(name, num_classes, init)
+        return start_mask2former(name, num_classes, init, find)
     library, (swin, rest) = transformers(), MASK2FORMER[name]
     config = library.Mask2FormerConfig(backbone_config=library.SwinConfig(**swin, out_features=STAGES), num_labels=1 + num_classes, **rest)
     return Mask2Former(plain(config))
@@ -111,24 +112,25 @@ def rebuild_mask2former(content, path, name=None):
     return model
 
 
-def start_mask2former(name, num_classes, init):
+def start_mask2former(name, num_classes, init, find):
     """A Mask2Former with the weights of a Swin, or of a whole one but for its classes. What is not there and should be is refused; `origin` says the rest."""
     library = transformers()
     if init == "imagenet" and name != "mask2former_swin_large":
         raise ValueError(f"segmenter {name} has no ImageNet weights: give a folder that transformers reads, or none")
     init, (swin, rest) = SWIN_LARGE if init == "imagenet" else init, MASK2FORMER[name]
-    config = pretrained(library.AutoConfig, init)
-    commit = getattr(config, "_commit_hash", None)                # of a download
+    where = find(init)
+    config = pretrained(library.AutoConfig, where)
+    commit = Path(where).name if where != init else None          # of a download: the hub's folders are named so
     if config.model_type not in ("swin", "mask2former"):
         raise ValueError(f"{init} is a {config.model_type}: {name} starts from a Swin or from a whole Mask2Former")
     whole = config.model_type == "mask2former"
     check_swin(init, config.backbone_config if whole else config, name)
     if whole:
-        source, notes = pretrained(library.Mask2FormerForUniversalSegmentation, init, output_loading_info=True)
+        source, notes = pretrained(library.Mask2FormerForUniversalSegmentation, where, output_loading_info=True)
         prefix, own = "", ("class_predictor.", "criterion.")      # our classes are others
         config.num_labels = 1 + num_classes
     else:
-        source, notes = pretrained(library.SwinBackbone, init, out_features=STAGES, output_loading_info=True)
+        source, notes = pretrained(library.SwinBackbone, where, out_features=STAGES, output_loading_info=True)
         prefix, own = "model.pixel_level_module.encoder.", ("hidden_states_norms.",)                  # a classifier's Swin has none
         source.config.drop_path_rate = swin["drop_path_rate"]
         config = library.Mask2FormerConfig(backbone_config=source.config, num_labels=1 + num_classes, **rest)

@@ -19,6 +19,10 @@ import torch.nn.functional as F
 from torchvision.models import ResNet101_Weights, resnet101
 
 DEIT_IMAGENET = "https://dl.fbaipublicfiles.com/deit/deit_small_patch16_224-cd65a155.pth"
+SHA256 = {                                                        # the publishers give the first eight digits, in the name
+    "deit_small_patch16_224-cd65a155.pth": "cd65a15597004d0ce19d7a9daef969903972db5b398e3a5febcd3c4df1d8f59f",
+    "resnet101-63fe2227.pth": "63fe2227b86e8f1f2063f43a75c84d195911b6a0eace650907dd3dc62dd49a0a",
+}
 NAMES = ("deeplabv2_resnet101", "segmenter_deit_small", "clip_decoder", "deeplab_toy", "segmenter_toy")
 SEGMENTER = {
     "segmenter_deit_small": dict(width=384, depth=12, heads=6, patch=16, grid=30, window=(480, 320), drop_path=0.1, dropout=0.1),
@@ -361,17 +365,23 @@ def build_segmenter(name, num_classes, init=None):
 
 
 def download_imagenet(name):
-    weights = ResNet101_Weights.IMAGENET1K_V1
+    """ResNet-101's or DeiT-S's ImageNet weights, where torch.hub keeps them, their SHA-256 checked at each reading; another file is removed."""
     if name not in ("deeplabv2_resnet101", "segmenter_deit_small"):
         raise ValueError(f"segmenter {name} has no ImageNet weights: give the file of its backbone, or none")
-    url = weights.url if name == "deeplabv2_resnet101" else DEIT_IMAGENET
+    url = DEIT_IMAGENET if name == "segmenter_deit_small" else ResNet101_Weights.IMAGENET1K_V1.url
+    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     try:
-        if url == DEIT_IMAGENET:
-            return torch.hub.load_state_dict_from_url(url, map_location="cpu", check_hash=True, weights_only=True)["model"]
-        return weights.get_state_dict(check_hash=True)
-    except Exception as error:                                    # no connection, another hash, a torn file: each raises its own
-        place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+        if not place.exists():
+            place.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(place), SHA256[place.name])       # beside, then renamed
+    except Exception as error:                                    # no connection, another hash, a full disk: each raises its own
         raise ValueError(f"no ImageNet weights ({error}): put {url} at {place}, or give --init FILE or --init none") from None
+    try:
+        content = read(place)
+    except ValueError as error:
+        place.unlink()
+        raise ValueError(f"{error}; it is removed: run the same command again") from None
+    return content.get("model", content)
 
 
 def build_decoder(encode, channels, blocks, content, width=256):
@@ -399,9 +409,9 @@ def load_segmenter(path, encode=None):
 def read(path):
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path}: no such file of weights")
-    digits = re.fullmatch(r"resnet101-([0-9a-f]{8})\.pth", Path(path).name)           # of its SHA-256: torch.hub's convention
-    if digits and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(digits[1]):
-        raise ValueError(f"{path}: its SHA-256 does not begin with {digits[1]}, as published: download it again")
+    digits = re.fullmatch(r"(?:deit_small_patch16_224|resnet101)-([0-9a-f]{8})\.pth", Path(path).name)    # of its SHA-256: torch.hub's convention
+    if digits and not hashlib.sha256(Path(path).read_bytes()).hexdigest().startswith(SHA256.get(Path(path).name, digits[1])):
+        raise ValueError(f"{path}: its SHA-256 is not the one that begins with {digits[1]}, as published: download it again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:                                    # zip, pickle and torch each raise their own for a foreign file
