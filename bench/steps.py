@@ -272,7 +272,7 @@ def parse():
 def main():
     args = parse()
     device = torch.device(args.device)
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_BF16")                   # as common.Env does for a CPU
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")                   # as common.Env does for a CPU
     images, labels = batch(args.pictures, args.pairs, len(TEXTS), 224)
     images = images.to(device)
 
