@@ -505,6 +505,8 @@ def main():
         if not out.is_dir():
             raise FileNotFoundError(f"{out} is missing: a report is of a folder that stages have written to")
     env = common.Env(args)
+    if not env.main:                                                           # a page is one process's work
+        return env.close()
     second = args.vpl or args.out / "vpl"
     runs = [Run("", args.out, folder)] + ([Run(second.name, second, folder)] if second.is_dir() else [])
     chosen = pick(args, folder, runs)

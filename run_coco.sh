@@ -31,7 +31,7 @@ OUT=${OUT:-runs/$name}
 DATA=${DATA:-data/coco}
 START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} small=${LOOK:+--crop 64} points=${LOOK:+--points 2 --crop-layers 0}
-[ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
+[ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS" --)       # --: else torchrun takes --start for one of its own
 if [ -d "$COCO/JPEGImages" ]; then DATA=$COCO; else "$PYTHON" prepare_data.py coco --coco "$COCO" --out "$DATA"; fi
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16) more=("$@")
 

@@ -23,7 +23,7 @@ from wsss import common, data, generator, losses
 def parse():
     p = common.parser(__doc__, batch_size=64)
     p.add_argument("--generator", choices=list(generator.NAMES), default="deit_small", help="architecture of S")
-    p.add_argument("--start", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file")
+    p.add_argument("--start", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file (torchrun has a --start-method: there, put -- before train_cls.py)")
     p.add_argument("--pool", choices=["max", "avg"], help="pooling of attention fusion; left out: what the file of --init says, else max (max: VOC, avg: COCO)")
     p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")

@@ -151,7 +151,7 @@ def set_loss(classes, masks, label_maps, numbers, seed, step, config, env):
     """Mask2Former's three losses, sums over its L decoder layers of means over all processes.   (L, B, Q, 2 + C), (L, B, Q, h, w), (B, H, W)"""
     # Differs from the paper: it draws points for every mask and layer. Here a picture has its own, from (seed, step, picture): the same in any process.
     draw = lambda n: torch.Generator().manual_seed(((seed * 1_000_003 + step) * 1_000_003 + n) % 2 ** 63)
-    pictures = [losses.set_losses(classes[:, i], masks[:, i], label_maps[i], config, draw(n)) for i, n in enumerate(numbers.tolist())]
+    pictures = [losses.set_losses(classes[:, i], masks[:, i], label_maps[i], config, draw(n)) for i, n in enumerate(numbers.tolist() or [0])]
     ce, weight, bce, dice = (torch.cat(part, 1) for part in zip(*pictures))     # (L, B Q) twice, (L, masks) twice
     ce = (weight * ce).sum() * env.world / env.sum(weight.sum()).clamp(min=1e-6)
     return {"classes": len(masks) * ce, "masks": len(masks) * common.mean(bce), "dice": len(masks) * common.mean(dice)}
@@ -214,8 +214,9 @@ def main():
         raise ValueError("BatchNorm learns over several processes on GPUs only: take one process, or --no-train-batchnorm and an --init")
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
-    if env.world > min(args.batch_size, len(ids)):
-        raise ValueError(f"{env.world} processes share batches of {min(args.batch_size, len(ids))}: each needs a picture, so take fewer processes or a larger --batch-size")
+    if args.train_batchnorm and env.world > min(args.batch_size, len(ids)):
+        raise ValueError(f"{env.world} processes share batches of {min(args.batch_size, len(ids))}: where BatchNorm learns each needs a picture, "
+                         "so take fewer processes or a larger --batch-size")
     mask_path = masks_in(label_dir, ids)
 
     model = env.in_turn(lambda: build(args, folder, env))
@@ -252,7 +253,7 @@ def main():
             label, target = logits[-1].argmax(1), on_grid(masks, logits[-1].shape[2:])            # (B, h, w) each
             scored = target != data.IGNORE
             meter.add(numbers, loss=loss, **parts, accuracy=common.mean((label == target).float(), scored),
-                      foreground=common.mean((label > 0).float(), scored), scored=common.mean(scored.float()))
+                      foreground=common.mean((label > 0).float(), scored), scored=common.mean(scored[:len(numbers)].float()))
         save = step == args.iterations or step % args.save_every == 0
         if save or step % args.log_every == 0:
             log(step, lr=lr, **meter.read(ids))

@@ -16,6 +16,7 @@ import torch
 from conftest import ROOT, call, refused
 from PIL import Image
 from test_readme import README
+from torch.distributed.run import parse_args as parse_torchrun
 
 import prepare_data
 from wsss import data
@@ -162,9 +163,12 @@ def test_gpus_start_and_the_rest_of_the_command_reach_every_stage(shell, monkeyp
     more = {variable: tmp_path, "SEED": 3, "INIT": "weaktr.pth", "START": "none", "CLIP32": "b32.pt", "CLIP16": "b16.pt"}
     for method in METHODS:
         lines = shell(script, *flags, METHOD=method, GPUS=4, **more)[1]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--"]
         alone = shell(script, *flags, METHOD=method, **more)[1]
         assert len(lines) == len(METHODS[method]) and lines == [torchrun + words for words in alone[:-1]] + alone[-1:]
+        for words in lines[:-1]:                                            # torchrun reads them as they are meant: --start is no --start-method
+            read = parse_torchrun(words[2:])
+            assert [read.training_script, *read.training_script_args] == words[len(torchrun):]
         for words in alone:
             given = parse(words, monkeypatch)
             assert [given[k] for k in ("limit", "device", "workers", "amp", "seed")] == [64, "cpu", 16, "fp16", 3]

@@ -793,11 +793,12 @@ class Samples(Dataset):
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long(), i
 
     def collate(self, samples):
-        """A batch; an empty one where a rank's share of a small batch is empty."""
-        image, target, _ = samples[0] if samples else self[0, 0]
-        if not samples:
-            return image.new_zeros(0, *image.shape), target.new_zeros(0, *target.shape), torch.zeros(0, dtype=torch.long)
-        return default_collate(samples)
+        """A batch. Where a rank's share of a small batch is empty: an empty one, or for segmentation, whose networks take none, a picture without a label."""
+        if samples:
+            return default_collate(samples)
+        image, target, _ = self[0, 0]
+        count = 0 if self.masks is None else 1
+        return image.new_zeros(count, *image.shape), target.new_full((count, *target.shape), IGNORE), torch.zeros(0, dtype=torch.long)
 
     def mask(self, i, image):
         path = self.masks(self.ids[i])
