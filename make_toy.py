@@ -296,8 +296,9 @@ def main():
     common.claim(done)
     common.save_json(done, {**recipe, "finished": False})
     write_pictures(args.out, args.seed, args.train, args.val, args.size)
-    common.save(args.out / "clip.pt", **unpack(weights))
-    common.save(args.out / "backbone.pt", **backbone)
+    for name, content in {"clip.pt": unpack(weights), "backbone.pt": backbone}.items():
+        if not (args.out / name).exists():
+            common.save(args.out / name, **content)
     common.save_json(done, {**recipe, "finished": True})
     print(f"{args.out}: {args.train} + {args.val} pictures, clip.pt, backbone.pt")
 

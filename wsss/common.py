@@ -197,7 +197,7 @@ class Env:
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
         if self.world > 1:                                    # ranks whose torchrun was killed would go on without it
-            end_with(lambda parent=os.getppid(): os.getppid() == parent, lambda: os.kill(os.getpid(), signal.SIGTERM))
+            threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
         self.words = None                                     # a group of processes that talks through main memory
         args.out.mkdir(parents=True, exist_ok=True)
         seed_all(args.seed + self.rank)                       # ranks draw different noise (DropPath), the same weights are broadcast by DDP
@@ -355,16 +355,14 @@ def pooled(function, tasks, workers, where):
 
 def serve():
     torch.set_num_threads(1)                                  # a process a core: more threads in each only get in each other's way
-    end_with(lambda: multiprocessing.parent_process().is_alive(), lambda: os._exit(1))
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()      # a killed run leaves none behind
 
 
-def end_with(there, end):
-    """Looks every second whether the parent is still `there`, and calls `end` when it is not: a kill leaves no process behind."""
-    def watch():
-        while there():
-            time.sleep(1)
-        end()
-    threading.Thread(target=watch, daemon=True).start()
+def follow(parent):
+    """Ends this process, as SIGTERM does, when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 # ---------------------------------------------------------------- Ctrl-C and SIGTERM
