@@ -443,9 +443,9 @@ def claim(path):
         with contextlib.suppress(FileNotFoundError):          # its last holder has just removed it: once more
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 HELD[lock] = file
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name})")
-    file.flush()
+    with contextlib.suppress(OSError):                        # a full disk has no room for a name: the lock holds all the same
+        os.truncate(lock, 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name})".encode())
 
 
 def release():
@@ -807,7 +807,8 @@ def told(line, later=0):
     line = f"{Path(sys.argv[0]).name}: {line}"
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         with contextlib.suppress(OSError):
-            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps({"message": line, "timestamp": int(time.time()) + later}))
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
+                {"message": {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()) + later)}}}))
     return line
 
 
