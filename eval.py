@@ -320,12 +320,12 @@ def show(found):
 def main():
     args = parse()
     env = common.Env(args)
-    path = args.out / f"eval_{subject(args)}_{args.split}.json"
-    common.claim(args.out / "pred" / args.images.resolve().name if args.images else path)
     if args.images and args.images.resolve().parent == (args.out / "pred").resolve():
         raise ValueError(f"{args.images} is where predictions are written: move the pictures to another folder")
     folder = Photos(args.images, args.max_side) if args.images else data.Folder(args.data)
     ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
+    path = args.out / f"eval_{subject(args)}_{args.split}.json"
+    common.claim(args.out / "pred" / args.images.resolve().name if args.images else path)
     if args.voc_test and (folder.classes != data.VOC_CLASSES or len(ids) != VOC_TEST):
         raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} pictures in its split test, VOC 2012 has 20 and {VOC_TEST:,}")
     if args.what == "seg":
