@@ -444,7 +444,7 @@ def claim(path):
             if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
                 HELD[lock] = file
     with contextlib.suppress(OSError):                        # a full disk has no room for a name: the lock holds all the same
-        os.truncate(lock, 0)
+        os.ftruncate(file.fileno(), 0)
         os.write(file.fileno(), f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name})".encode())
 
 
@@ -778,8 +778,6 @@ def run(main):
         told("another process left first", later=60)
         sys.exit(1)
     except (OSError, ValueError) as error:
-        if STOP.signal:
-            interrupted()
         if not ours(error):
             raise
         print(told(one_line(error)), file=sys.stderr)
