@@ -42,7 +42,7 @@ STEPS = f"--batch-size 4 --log-every 1 --save-every {SAVE}"
 MORE = {"train_cls.py": f"{STEPS} --epochs 40", "train_match.py": f"{STEPS} --epochs 12", "train_prompt.py": f"{STEPS} --epochs 50",
         "train_refine.py": f"{STEPS} --epochs 12", "train_seg.py": f"{STEPS} --iterations 60", "vpl.py": f"--log-every 1 --save-every {SAVE} --steps 600"}
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
-ENDS = {"SIGKILL": (-9,), "SIGTERM": (143, 0), "Ctrl-C": (130, 0)}
+ENDS = {"SIGKILL": (-9, 0), "SIGTERM": (143, 0), "Ctrl-C": (130, 0)}            # 0: it ended in that moment
 COUNTS = ("redone", "loud", "left", "differences")
 FRESH, YOUNG = 4, 0.5                     # every FRESHth start is a new python; before YOUNG seconds it is not ours yet, and ends in its own way
 
