@@ -227,13 +227,14 @@ def write_pictures(out, seed, train, val, size):
     for index in tqdm([i for split in numbers.values() for i in split], desc="pictures"):
         name, drawn = f"toy_{index:06d}", scene(seed, index, size)
         labels.append(" ".join([name, *(CLASSES[c] for c in drawn.labels)]))
-        if (out / "SegmentationClass" / f"{name}.png").exists():           # an interrupted run made it
-            continue
-        jpeg = io.BytesIO()                                                # PIL's JPEG writer does not notice a full disk, Python's file does
-        Image.fromarray(drawn.image).save(jpeg, format="JPEG", quality=92)
-        with common.atomic(out / "JPEGImages" / f"{name}.jpg") as beside:
-            beside.write_bytes(jpeg.getvalue())
-        data.save_mask(out / "SegmentationClass" / f"{name}.png", drawn.mask)
+        picture, mask = out / "JPEGImages" / f"{name}.jpg", out / "SegmentationClass" / f"{name}.png"
+        if not picture.exists():                                           # else an interrupted run made it
+            jpeg = io.BytesIO()                                            # PIL's JPEG writer does not notice a full disk, Python's file does
+            Image.fromarray(drawn.image).save(jpeg, format="JPEG", quality=92)
+            with common.atomic(picture) as beside:
+                beside.write_bytes(jpeg.getvalue())
+        if not mask.exists():
+            data.save_mask(mask, drawn.mask)
     lists = {f"ImageSets/Segmentation/{split}.txt": [f"toy_{i:06d}" for i in chosen] for split, chosen in numbers.items()}
     for file, lines in {**lists, "labels.txt": labels, "classes.txt": CLASSES, "backgrounds.txt": GROUNDS}.items():
         with common.atomic(out / file) as beside:

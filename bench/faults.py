@@ -2,7 +2,7 @@
 
 Every stage runs undisturbed in <out>/whole, then in <out>/killed, where SIGKILL, SIGTERM and Ctrl-C (in turn) meet it at a moment drawn uniformly from
 the time that it took, until it has had its share of --kills; what was killed is started again. A stage that ended before its moment came is asked
-again, and may be killed then. Three of four starts are forks of a process that has loaded torch, so that most kills meet the work; the fourth is a
+again, and may be killed then. Most starts are forks of a process that has loaded torch, so that kills meet the work; every sixth is a
 fresh python. Pictures are few, as under LOOK=1, but trainers have many steps and save their state at every fifth; every other stage has a loader's or pool's process.
 
 Counted, and 0 where the promises hold:
@@ -39,12 +39,12 @@ from wsss import common  # noqa: E402
 
 SAVE = 5
 STEPS = f"--batch-size 4 --log-every 1 --save-every {SAVE}"
-MORE = {"train_cls.py": f"{STEPS} --epochs 40", "train_match.py": f"{STEPS} --epochs 12", "train_prompt.py": f"{STEPS} --epochs 50",
-        "train_refine.py": f"{STEPS} --epochs 12", "train_seg.py": f"{STEPS} --iterations 60", "vpl.py": f"--log-every 1 --save-every {SAVE} --steps 600"}
+MORE = {"train_cls.py": f"{STEPS} --epochs 20", "train_match.py": f"{STEPS} --epochs 8", "train_prompt.py": f"{STEPS} --epochs 30",
+        "train_refine.py": f"{STEPS} --epochs 8", "train_seg.py": f"{STEPS} --iterations 40", "vpl.py": f"--log-every 1 --save-every {SAVE} --steps 400"}
 SIGNALS = {"SIGKILL": signal.SIGKILL, "SIGTERM": signal.SIGTERM, "Ctrl-C": signal.SIGINT}
 ENDS = {"SIGKILL": (-9, 0), "SIGTERM": (143, 0), "Ctrl-C": (130, 0)}            # 0: it ended in that moment
 COUNTS = ("redone", "loud", "left", "differences")
-FRESH, YOUNG = 4, 0.5                     # every FRESHth start is a new python; before YOUNG seconds it is not ours yet, and ends in its own way
+FRESH, YOUNG = 6, 0.5                     # every FRESHth start is a new python; before YOUNG seconds it is not ours yet, and ends in its own way
 
 
 def stages(out):
@@ -99,6 +99,8 @@ def alive(session):
 
 
 def strike(process, name):
+    while process.is_alive() and os.getpgid(process.pid) != process.pid:    # it has just been forked
+        time.sleep(0.001)
     if process.is_alive():
         (os.killpg if name == "Ctrl-C" else os.kill)(process.pid, SIGNALS[name])
 
@@ -175,7 +177,7 @@ def differences(whole, killed, known):
 
 def torment(line, folder, kills, duration, loading, draw, row):
     """Kills a stage `kills` times and lets it end. Adds what happened to `row`."""
-    saved, lines = False, logs(folder)
+    saved, lines, sessions = False, logs(folder), []
     for n in range(10 * kills + 1):
         landed = sum(row[name] for name in SIGNALS)
         name = list(SIGNALS)[(row["first"] + landed) % len(SIGNALS)]
@@ -188,6 +190,7 @@ def torment(line, folder, kills, duration, loading, draw, row):
         struck = time.time()
         strike(process, name)
         process.join(60)
+        sessions.append((process.pid, struck))
         text = (folder.parent / "output.txt").read_text()
         row["starts"] += 1
         if ended:
@@ -201,9 +204,6 @@ def torment(line, folder, kills, duration, loading, draw, row):
         if loud or "Traceback" in text and not (fresh and moment is not None and moment < YOUNG):
             row["loud"] += 1
             print(f"{name} after {moment} s, exit {process.exitcode}: {shlex.join(line)}\n{text}", flush=True)
-        while alive(process.pid) and time.time() < struck + 10:
-            time.sleep(0.02)
-        row["left"] += alive(process.pid)
         now = logs(folder)
         again = redone(before, finished(folder), lines, now, saved)
         if again:
@@ -211,8 +211,13 @@ def torment(line, folder, kills, duration, loading, draw, row):
         row["redone"] += again
         saved, lines = " is saved in " in text, now
         if ended and moment is None:
-            return
-    sys.exit(f"{shlex.join(line)} has ended before each of its kills: is it that quick?")
+            break
+    else:
+        sys.exit(f"{shlex.join(line)} has ended before each of its kills: is it that quick?")
+    for session, struck in sessions:
+        while alive(session) and time.time() < struck + 10:
+            time.sleep(0.02)
+        row["left"] += alive(session)
 
 
 def attack(number, line, kills, args, done):

@@ -372,19 +372,20 @@ class Stop:
 
     def __init__(self):
         self.signal = self.agreed = self.count = self.time = 0
-        self.later = False
+        self.later, self.before = False, {}                   # signal -> what it did before us
 
     def listen(self):
-        """Until the function that is returned is called. A signal that was ignored before stays so: that of a background job, say."""
+        """From here to `rest`. A signal that was ignored before stays so: that of a background job, say."""
         self.__init__()
         self.pid = os.getpid()
-        if threading.current_thread() is not threading.main_thread():
-            return lambda: None
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        for number, handler in before.items():
-            if handler != signal.SIG_IGN:
-                signal.signal(number, self.hear)
-        return lambda: [signal.signal(number, handler) for number, handler in before.items() if handler is not None]
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self.hear)
+
+    def rest(self):
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
 
     def hear(self, number, frame):
         if os.getpid() != self.pid or "WORLD_SIZE" in os.environ and time.time() < self.time + 1:
@@ -392,6 +393,7 @@ class Stop:
         self.signal, self.time, self.count = number, time.time(), self.count + 1
         if not self.later or self.count > 1:
             raise KeyboardInterrupt
+        self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)            # SIGTERM to all processes ends the loader's first: torch would break off the step
 
     @contextlib.contextmanager
     def hold(self):
@@ -760,7 +762,7 @@ def versions():
 
 def run(main):
     """Runs a script's main. What we or the system refuse ends in one line and exit 1, Ctrl-C in one and 130, SIGTERM 143; a bug keeps its traceback."""
-    unlisten = STOP.listen()
+    STOP.listen()
     try:
         main()
         if STOP.signal:                                       # it came after the last step
@@ -784,7 +786,7 @@ def run(main):
         sys.exit(1)
     finally:
         release()
-        unlisten()
+        STOP.rest()
 
 
 def interrupted(saved=""):
