@@ -393,7 +393,6 @@ class Stop:
         self.signal, self.time, self.count = number, time.time(), self.count + 1
         if not self.later or self.count > 1:
             raise KeyboardInterrupt
-        self.before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)            # SIGTERM to all processes ends the loader's first: torch would break off the step
 
     @contextlib.contextmanager
     def hold(self):
@@ -791,7 +790,11 @@ def run(main):
 
 def interrupted(saved=""):
     """The end of a run that was asked to end: says how to go on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):        # what comes now is no news; torch's SIGCHLD raises when a loader's process was killed
+        STOP.before.setdefault(number, signal.signal(number, lambda *_: None))
+    for child in multiprocessing.active_children():
+        if child.daemon:                                      # a loader's, which would pass over a first SIGTERM
+            child.kill()
     again = f"run the same command again{', without --no-resume' if '--no-resume' in sys.argv else ''}"
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"\n{told(f'interrupted; {saved}: to go on, {again}' if saved else f'interrupted; nothing finished is lost: {again}')}", file=sys.stderr, flush=True)

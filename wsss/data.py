@@ -702,8 +702,9 @@ def by_size(folder, ids, batch_size, env, workers=0):
 
 
 def serve(worker):
-    """A loader's process leaves Ctrl-C, which a terminal sends to all processes of a run, to the one that it works for."""
+    """A loader's process leaves Ctrl-C, and one SIGTERM, to the one that it works for: both may be sent to all processes of a run, which is to finish its step."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------- training samples
