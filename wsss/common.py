@@ -794,7 +794,7 @@ def interrupted(saved=""):
         STOP.before.setdefault(number, signal.signal(number, lambda *_: None))
     for child in multiprocessing.active_children():
         if child.daemon:                                      # a loader's, which would pass over a first SIGTERM
-            child.kill()
+            child.kill(), child.join()
     again = f"run the same command again{', without --no-resume' if '--no-resume' in sys.argv else ''}"
     if int(os.environ.get("RANK", 0)) == 0:
         print(f"\n{told(f'interrupted; {saved}: to go on, {again}' if saved else f'interrupted; nothing finished is lost: {again}')}", file=sys.stderr, flush=True)
