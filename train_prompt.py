@@ -63,7 +63,8 @@ class Stored:
         keys = [(view, i) for view in range(views) for i in env.shard(range(len(samples)))]
         size = max(1, args.batch_size // env.world)
         chunks = [keys[n:n + size] for n in range(0, len(keys), size)]
-        loader = torch.utils.data.DataLoader(samples, batch_sampler=chunks, num_workers=args.workers, collate_fn=samples.collate, worker_init_fn=data.serve)
+        loader = torch.utils.data.DataLoader(samples, batch_sampler=chunks, num_workers=args.workers, collate_fn=samples.collate,
+                                             worker_init_fn=data.serve, generator=torch.Generator())            # as data.loader's
         for chunk, (images, labels, _) in zip(chunks, env.progress(loader, f"prompts: {views} views", len(chunks))):
             b, k = labels.nonzero(as_tuple=True)
             with env.autocast():
