@@ -262,6 +262,7 @@ def parse():
 def main():
     args = parse()
     torch.set_num_threads(1)
+    os.environ["GIT_DIR"] = os.devnull                                      # logs name the commit, which may change while this runs
     args.out, args.known = args.out.resolve(), {}
     for name in ("whole", "killed"):
         (args.out / name).mkdir(parents=True, exist_ok=True)
