@@ -36,6 +36,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from ablation import write  # noqa: E402
 
+import wsss  # noqa: E402
 from wsss import common  # noqa: E402
 
 SAVE = 5
@@ -70,10 +71,11 @@ def stages(out):
 
 def begin(line, folder, fresh):
     """The process of a stage: here, or, if `fresh`, a python of its own."""
-    os.setsid()                                                             # as on a terminal: Ctrl-C is for all of its processes
+    signal.signal(signal.SIGINT, wsss.leave), signal.signal(signal.SIGTERM, wsss.leave)        # as in a script of its own, until common.run
     os.chdir(folder)
     output = os.open(folder.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
+    os.setsid()                                                             # as on a terminal: Ctrl-C is for all of its processes
     script, *flags = line
     if fresh:
         os.execv(sys.executable, [sys.executable, "-W", "ignore", str(ROOT / script), *flags])
