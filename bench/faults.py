@@ -9,7 +9,7 @@ Counted, and 0 where the promises hold:
     redone       finished maps, masks, segments, features and weights that a restart touched; steps of a trainer repeated from before its last state
     loud         ends with another exit status than 143 (SIGTERM), 130 (Ctrl-C) or 0, or with a traceback
     left         processes alive 10 seconds after the one that was killed
-    differences  files that are not those of the undisturbed run: checkpoints tensor by tensor, logs line by line but for their seconds, the rest byte by byte
+    differences  files that are not those of the undisturbed run: checkpoints tensor by tensor, logs line by line but for their seconds, the rest (but for the report's minutes) byte by byte
 
     python bench/faults.py --kills 100 --write
     python bench/faults.py --kills 12 --stages train_cls.py make_cam.py --out runs/faults_few
@@ -22,6 +22,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import shlex
 import signal
 import subprocess
@@ -160,6 +161,8 @@ def content(path):
         return torch.load(path, weights_only=True)
     if path.suffix == ".jsonl":
         return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in path.read_text().splitlines()]
+    if path.suffix == ".html":                                              # the minutes of the logs
+        return re.sub(r"[\d.]+ min", "", path.read_text())
     return path.read_bytes()
 
 

@@ -701,6 +701,7 @@ class Log:
             return
         lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         kept = [line for line in lines[1:] if whole(line) and json.loads(line)["step"] <= step]
+        self.start -= json.loads(kept[-1])["seconds"] if kept else 0
         with atomic(self.path) as beside:
             beside.write_text("\n".join([json.dumps({"args": plain(args), "versions": versions(), "world": env.world}), *kept]) + "\n")
 
