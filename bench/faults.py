@@ -287,9 +287,10 @@ def main():
             sys.exit(f"{len(done)} of {len(lines)} stages are done: the same command goes on")
         done[n] = attack(n, line, shares.get(n, 0), args, done)
         common.save_json(path, done)
-    print(table(list(done.values())))
+    text = table([done[n] for n in sorted(done)])
+    print(text)
     if args.write:
-        write("bench/faults.py", table(list(done.values())))
+        write("bench/faults.py", text)
     sys.exit(any(row[name] for row in done.values() for name in COUNTS))
 
 
