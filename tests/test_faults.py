@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -112,6 +113,22 @@ def test_ctrl_c_while_libraries_load_is_one_line(tmp_path):
         lines = [line for line in script.read_text().splitlines() if line.startswith(("import ", "from "))]
         heavy = next(n for n, line in enumerate(lines) if line.split()[1].split(".")[0] in ("numpy", "torch", "PIL", "torchvision", "tqdm"))
         assert any(line.startswith("import wsss") for line in lines[:heavy]), script
+
+
+def test_a_signal_is_heard_where_no_exception_passes(capsys):
+    class Last:
+        def __del__(self):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+
+    def main():
+        Last()
+        time.sleep(5)
+        raise AssertionError("it went on")
+
+    with pytest.raises(SystemExit) as leaving:
+        common.run(main)
+    assert leaving.value.code == 143 and "Traceback" not in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- one run at a time

@@ -377,13 +377,15 @@ class Stop:
     def listen(self):
         """From here to `rest`. A signal that was ignored before stays so: that of a background job, say."""
         self.__init__()
-        self.pid = os.getpid()
+        self.pid, self.hook = os.getpid(), sys.unraisablehook
+        sys.unraisablehook = self.miss
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self.hear)
 
     def rest(self):
+        sys.unraisablehook = self.hook
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
 
@@ -393,6 +395,13 @@ class Stop:
         self.signal, self.time, self.count = number, time.time(), self.count + 1
         if not self.later or self.count > 1:
             raise KeyboardInterrupt
+
+    def miss(self, error):
+        """Where Python lets no exception through, as around a fork, what `hear` raised is lost: a moment later it is heard again."""
+        if error.exc_type is not KeyboardInterrupt:
+            return self.hook(error)
+        self.count, self.time = self.count - 1, 0
+        threading.Timer(0.1, os.kill, (os.getpid(), self.signal)).start()
 
     @contextlib.contextmanager
     def hold(self):
