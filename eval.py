@@ -19,10 +19,12 @@ pass, and says so in the protocol: such a number uses pixel labels and is no wea
     python eval.py --data /data/VOC2012 --out runs/voc --split val --what masks --pred results/SegmentationClass
 """
 import argparse
+import io
 import tarfile
 from itertools import chain
 from pathlib import Path
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
@@ -167,8 +169,10 @@ def finish(id, picture, image, probability, args, classes, where, device="cpu"):
         probability = crf.dense_crf(image, probability, args.preset, device=device)
     mask = np.uint8(np.asarray(probability).argmax(0))
     if args.images:
+        jpeg = io.BytesIO()                                                 # PIL's JPEG writer does not notice a full disk, Python's file does
+        overlay(image, mask, classes).save(jpeg, format="JPEG", quality=92)
         with data.atomic(where / f"{id}.jpg") as beside:
-            overlay(image, mask, classes).save(beside, format="JPEG", quality=92)
+            beside.write_bytes(jpeg.getvalue())
         mask = np.array(Image.fromarray(mask).resize(data.picture_size(picture)[::-1], Image.NEAREST))      # at the photograph's size again
     if args.save:                                                           # last: it marks the picture as finished
         data.save_mask(where / f"{id}.png", mask)
@@ -321,6 +325,8 @@ def main():
         raise ValueError(f"{args.images} is where predictions are written: move the pictures to another folder")
     folder = Photos(args.images, args.max_side) if args.images else data.Folder(args.data)
     ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
+    path = args.out / f"eval_{subject(args)}_{args.split}.json"
+    common.claim(args.out / "pred" / args.images.resolve().name if args.images else path)
     if args.voc_test and (folder.classes != data.VOC_CLASSES or len(ids) != VOC_TEST):
         raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} pictures in its split test, VOC 2012 has 20 and {VOC_TEST:,}")
     if args.what == "seg":
@@ -349,7 +355,7 @@ def main():
             found["protocol"]["oracle"] = "the threshold of oracle_best was chosen on the truth of this split"
             found["oracle_best"] = {"threshold": ORACLE[best].item(), "miou": scores[best]}
             found["oracle_sweep"] = {f"{t:.2f}": s for t, s in zip(ORACLE.tolist(), scores)}
-        common.save_json(args.out / f"eval_{subject(args)}_{args.split}.json", found)
+        common.save_json(path, found)
         show(found)
     env.close()
 

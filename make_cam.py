@@ -21,6 +21,7 @@ Finished files are skipped; maps of another source or recipe are refused, or rep
 """
 import argparse
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -201,6 +202,7 @@ FREE = ("split", "limit", "batch_size", "seed", "sheets", "format")          # t
 def main():
     args = parse()
     env = common.Env(args)
+    common.claim(args.out / args.cam)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels = folder.labels(ids)

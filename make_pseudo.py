@@ -27,6 +27,7 @@ rule is painted by size, the smaller on top, then by place. A picture that has n
 import argparse
 from pathlib import Path
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 
@@ -167,6 +168,7 @@ def summary(args, folder, labels, pixels, bare):
 def main():
     args = parse()
     env = common.Env(args)
+    common.claim(args.out / args.pseudo)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels = folder.labels(ids)

@@ -24,6 +24,7 @@ import argparse
 import math
 from pathlib import Path
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -261,6 +262,7 @@ def weights(folder):
 def main():
     args = parse()
     env = common.Env(args)
+    common.claim(args.out / args.segments)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     where = args.out / args.segments

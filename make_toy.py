@@ -15,6 +15,7 @@ import io
 import warnings
 from pathlib import Path
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -225,12 +226,15 @@ def write_pictures(out, seed, train, val, size):
     labels = []
     for index in tqdm([i for split in numbers.values() for i in split], desc="pictures"):
         name, drawn = f"toy_{index:06d}", scene(seed, index, size)
-        jpeg = io.BytesIO()                                                # PIL's JPEG writer does not notice a full disk, Python's file does
-        Image.fromarray(drawn.image).save(jpeg, format="JPEG", quality=92)
-        with common.atomic(out / "JPEGImages" / f"{name}.jpg") as beside:
-            beside.write_bytes(jpeg.getvalue())
-        data.save_mask(out / "SegmentationClass" / f"{name}.png", drawn.mask)
         labels.append(" ".join([name, *(CLASSES[c] for c in drawn.labels)]))
+        picture, mask = out / "JPEGImages" / f"{name}.jpg", out / "SegmentationClass" / f"{name}.png"
+        if not picture.exists():                                           # else an interrupted run made it
+            jpeg = io.BytesIO()                                            # PIL's JPEG writer does not notice a full disk, Python's file does
+            Image.fromarray(drawn.image).save(jpeg, format="JPEG", quality=92)
+            with common.atomic(picture) as beside:
+                beside.write_bytes(jpeg.getvalue())
+        if not mask.exists():
+            data.save_mask(mask, drawn.mask)
     lists = {f"ImageSets/Segmentation/{split}.txt": [f"toy_{i:06d}" for i in chosen] for split, chosen in numbers.items()}
     for file, lines in {**lists, "labels.txt": labels, "classes.txt": CLASSES, "backgrounds.txt": GROUNDS}.items():
         with common.atomic(out / file) as beside:
@@ -294,13 +298,14 @@ def main():
             return
         if before != recipe:
             raise ValueError(f"{args.out} holds a data set made with other arguments or weights ({done}): delete it or choose another --out")
-    elif args.out.exists() and any(args.out.iterdir()):
+    elif args.out.exists() and any(path for path in args.out.iterdir() if not path.name.startswith(".")):
         raise ValueError(f"{args.out} is not empty and not a toy data set: choose another --out")
-    args.out.mkdir(parents=True, exist_ok=True)
+    common.claim(done)
     common.save_json(done, {**recipe, "finished": False})
     write_pictures(args.out, args.seed, args.train, args.val, args.size)
-    common.save(args.out / "clip.pt", **unpack(weights))
-    common.save(args.out / "backbone.pt", **backbone)
+    for name, content in {"clip.pt": unpack(weights), "backbone.pt": backbone}.items():
+        if not (args.out / name).exists():
+            common.save(args.out / name, **content)
     common.save_json(done, {**recipe, "finished": True})
     print(f"{args.out}: {args.train} + {args.val} pictures, clip.pt, backbone.pt")
 

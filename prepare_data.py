@@ -27,6 +27,7 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
@@ -81,7 +82,7 @@ def each(function, jobs, desc, workers):
     """function(job) of all jobs, in their order, in as many processes as there is work for, under a bar."""
     jobs = list(jobs)
     workers = min(workers, os.cpu_count() or 1, len(jobs) // 50)
-    results = DataLoader(jobs, batch_size=None, collate_fn=function, num_workers=workers)
+    results = DataLoader(jobs, batch_size=None, collate_fn=function, num_workers=workers, worker_init_fn=data.serve)
     return tqdm(results, desc=desc, total=len(jobs), dynamic_ncols=True, mininterval=0.5)
 
 
@@ -166,6 +167,7 @@ def voc(args):
         require("scipy.io", "scipy", "SBD's .mat files")
     if there:
         print(f"{len(there):,} masks are in {out / MASKS[1]} already and stay as they are")
+    common.claim(out / MASKS[1])
     (out / MASKS[1]).mkdir(parents=True, exist_ok=True)
     (out / LISTS).mkdir(parents=True, exist_ok=True)
     if out.resolve() != args.voc.resolve():
@@ -271,6 +273,7 @@ def coco(args):
     if missing:
         raise FileNotFoundError(f"{missing[0]} is missing, and {len(missing) - 1:,} more pictures: "
                                 f"unpack train2014.zip and val2014.zip in {args.coco}")
+    common.claim(masks)
     for folder in (args.out / "JPEGImages", masks, args.out / LISTS):
         folder.mkdir(parents=True, exist_ok=True)
     write_new(readme, text)
@@ -458,6 +461,7 @@ def remap(args):
     folder = data.Folder(args.data)
     if folder.classes != data.COCO_CLASSES:
         raise ValueError(f"{args.data / 'classes.txt'} does not list COCO's 80 classes: remap is for COCO alone")
+    common.claim(args.data / MASKS[0])
     for masks in (args.data / name for name in MASKS if (args.data / name).is_dir() or (args.data / f"{name}.90id").is_dir()):
         kept = masks.with_name(f"{masks.name}.90id")                        # once it is there the question is settled: never mapped twice
         if not kept.exists():

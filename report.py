@@ -19,6 +19,7 @@ import json
 import shlex
 from pathlib import Path
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -507,12 +508,13 @@ def main():
     env = common.Env(args)
     if not env.main:                                                           # a page is one process's work
         return env.close()
+    path = args.out / "report.html"
+    common.claim(path)
     second = args.vpl or args.out / "vpl"
     runs = [Run("", args.out, folder)] + ([Run(second.name, second, folder)] if second.is_dir() else [])
     chosen = pick(args, folder, runs)
     sections = [scores(args, folder, runs), pictures(args, folder, runs, chosen), prompts(args, folder, runs, chosen, env), regions(args, folder, runs, env),
                 curves(args, runs), arguments(runs)]
-    path = args.out / "report.html"
     with common.atomic(path) as beside:
         beside.write_text(page(args, folder, folder.ids(args.split, args.limit), sections), encoding="utf-8")
     env.close(f"{path}: {path.stat().st_size / 2**20:.1f} MB, open it in a browser")

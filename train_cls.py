@@ -15,6 +15,7 @@ coarse maps and of its fine maps. All of the backbone trains here; the later sta
 """
 import argparse
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 
 from wsss import common, data, generator, losses
@@ -58,6 +59,7 @@ def main():
     args.inputs = common.inputs(start=args.init or args.start)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
+    common.claim(out)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
@@ -92,7 +94,7 @@ def main():
             meter.add(numbers, loss=loss, **{f"loss_{i}": part for i, part in enumerate(parts)},
                       accuracy=common.mean(((logits[0] > 0) == (labels > 0)).float().flatten()))
             done = epoch * len(batches) + step
-            save = step == len(batches) or done % args.save_every == 0
+            save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:

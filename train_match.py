@@ -18,6 +18,7 @@ by hand, out of the foreground, REG keeps the masks small. Its 10 OTM + 24 BTM +
         --epochs 15 --optimizer sgd --lr 2.5e-4 --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --crop 512 --min-scale 0.5 \\
         --no-randaugment --erase 0                                                                                    # CLIMS
 """
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 
@@ -49,6 +50,7 @@ def main():
     args.inputs = common.inputs(start=start, clip=args.clip, backgrounds=args.background_texts, **vision)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
+    common.claim(out)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
@@ -94,7 +96,7 @@ def main():
                 meter.add(numbers, loss=loss, foreground=common.mean(-sim_f.log()), background=common.mean(-(1 - sim_b).log()), cbs=cbs, reg=reg,
                           mask=common.mean(masks.mean((1, 2))), sim_f=common.mean(sim_f), sim_b=common.mean(sim_b))
             done = epoch * len(batches) + step
-            save = step == len(batches) or done % args.save_every == 0
+            save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:

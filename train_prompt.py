@@ -14,6 +14,7 @@ the paper does; --views EPOCHS gives the same numbers as that.
     python train_prompt.py --data /data/VOC2012 --out runs/voc --views 8
     python train_prompt.py --data /data/COCO --out runs/coco --split train --lr 2.5e-3 --lambda-t 0.01 --pool avg
 """
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 
@@ -62,7 +63,8 @@ class Stored:
         keys = [(view, i) for view in range(views) for i in env.shard(range(len(samples)))]
         size = max(1, args.batch_size // env.world)
         chunks = [keys[n:n + size] for n in range(0, len(keys), size)]
-        loader = torch.utils.data.DataLoader(samples, batch_sampler=chunks, num_workers=args.workers, collate_fn=samples.collate, pin_memory=env.device.type == "cuda")
+        loader = torch.utils.data.DataLoader(samples, batch_sampler=chunks, num_workers=args.workers, collate_fn=samples.collate, worker_init_fn=data.serve,
+                                             generator=torch.Generator(), pin_memory=env.device.type == "cuda")        # as data.loader's
         for chunk, (images, labels, _) in zip(chunks, env.progress(loader, f"prompts: {views} views", len(chunks))):
             b, k = labels.nonzero(as_tuple=True)
             with env.autocast():
@@ -92,6 +94,7 @@ def main():
     args.inputs = common.inputs(start=start, clip=args.clip)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
+    common.claim(out)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
@@ -131,7 +134,7 @@ def main():
                 meter.add(numbers, loss=loss, image=common.mean(-sim_image.log()), text=common.mean(-(1 - sim_text).log()),
                           mask=common.mean(area), sim_image=common.mean(sim_image), sim_text=common.mean(sim_text))
             done = epoch * len(batches) + step
-            save = step == len(batches) or done % args.save_every == 0
+            save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:

@@ -19,6 +19,7 @@ background's that the pair's background region is nearest to. It needs no train_
     python train_refine.py --data /data/COCO --out runs/coco --split train --batch-size 24 --lr 2.4e-7 --lambda-b 0.75 \\
         --lambda-refine 0.2 --pool avg
 """
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 
@@ -82,6 +83,7 @@ def main():
     args.inputs = common.inputs(start=start, clip=args.clip, backgrounds=args.background_texts, prompts=args.out / ("prototypes.pt" if vision else "prompts.pt"))
     if common.finished(out, args):
         return env.close(f"{out} is finished")
+    common.claim(out)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
@@ -150,7 +152,7 @@ def main():
                           sim_f=common.mean(losses.similarity(v_f, class_text[k])), sim_b=common.mean(losses.similarity(v_b, class_text[k])),
                           sim_prompt=common.mean(losses.similarity(v_f, u_b)))
             done = epoch * len(batches) + step
-            save = step == len(batches) or done % args.save_every == 0
+            save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, phase=phase, lr=lr, **meter.read(ids))
             if save:

@@ -25,6 +25,7 @@ import argparse
 from itertools import islice
 from pathlib import Path
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 from torchvision import tv_tensors
@@ -210,6 +211,7 @@ def main():
     args.inputs = common.inputs(init=Path(args.init) if folder_of_weights else args.init, masks=label_dir, **decoder)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
+    common.claim(out)
     if args.train_batchnorm and env.world > 1 and env.device.type == "cpu":
         raise ValueError("BatchNorm learns over several processes on GPUs only: take one process, or --no-train-batchnorm and an --init")
     folder = data.Folder(args.data)
@@ -254,7 +256,7 @@ def main():
             scored = target != data.IGNORE
             meter.add(numbers, loss=loss, **parts, accuracy=common.mean((label == target).float(), scored),
                       foreground=common.mean((label > 0).float(), scored), scored=common.mean(scored[:len(numbers)].float()))
-        save = step == args.iterations or step % args.save_every == 0
+        save = env.stopping() or step == args.iterations or step % args.save_every == 0
         if save or step % args.log_every == 0:
             log(step, lr=lr, **meter.read(ids))
         if save:

@@ -20,6 +20,7 @@ Maps by W are those of the texts with W for Z and tau_I for tau_T; a larger tau 
 """
 import argparse
 
+import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -144,6 +145,7 @@ def main():
     args.inputs = common.inputs(clip=args.clip)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
+    common.claim(out)
     folder = data.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels, classes = folder.labels(ids), folder.classes
@@ -188,8 +190,10 @@ def main():
             raise ValueError(f"after step {step} the prototypes are not of unit length: a smaller --lr than {args.lr:g}; the last saved state is from before")
         if shown:
             log(step, loss=loss, norm=norm, lr=lr, gap=gap(before))
-        if env.main and step % args.save_every == 0:
+        stopping = env.stopping()
+        if env.main and (stopping or step % args.save_every == 0):
             common.save(last, stage="descent", W=W, lr=lr, norm=norm, step=step, classes=classes, args=common.plain(args))
+        common.leave(last, step)
 
     gaps = {"before": gap(texts), "after": gap(W)}
     unseen = [name for name, count in zip(classes, pixels) if count == 0]

@@ -95,7 +95,7 @@ def call(script, *flags):
 
 def refused(done, *words):
     """Exit 1 and one clear line that holds all `words`; no traceback."""
-    lines = [line for line in done.stderr.strip().splitlines() if "it/s" not in line and "|" not in line]
+    lines = [line for line in done.stderr.strip().splitlines() if line and "it/s" not in line and "|" not in line]
     assert done.returncode == 1, (done.returncode, done.stdout, done.stderr)
     assert len(lines) == 1 and "Traceback" not in done.stderr, done.stderr
     for word in words:

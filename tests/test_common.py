@@ -258,11 +258,12 @@ def test_log_reads_as_if_never_interrupted(tmp_path):
         log(step, loss=torch.tensor(step / 3), note="fine")
     with open(tmp_path / "x.jsonl", "a") as file:
         file.write('{"step": 4, "lo')                          # killed while writing
+    (tmp_path / "x.jsonl").write_text((tmp_path / "x.jsonl").read_text().replace('"step": 2, "seconds": 0.0', '"step": 2, "seconds": 90'))
     log = common.Log(tmp_path / "x.jsonl", args, env, step=2)
-    log(3, loss=7)
+    log(3, loss=7)                                             # the clock goes on too
     head, *rows = map(json.loads, (tmp_path / "x.jsonl").read_text().splitlines())
     assert head["args"]["out"] == str(tmp_path) and head["versions"]["torch"] == torch.__version__ and "commit" in head["versions"]
-    assert [(r["step"], r["loss"]) for r in rows] == [(1, 0.333333), (2, 0.666667), (3, 7)]
+    assert [(r["step"], r["loss"]) for r in rows] == [(1, 0.333333), (2, 0.666667), (3, 7)] and [r["seconds"] for r in rows] == [0, 90, 90]
 
 
 # ---------------------------------------------------------------- the way out

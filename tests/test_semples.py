@@ -1,5 +1,7 @@
 """The SemPLeS stages as commands on a tiny world: what trains and what rests, resumed against uninterrupted, two processes against one."""
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -194,25 +196,26 @@ def test_batches_without_any_pair(world, tmp_path, tiny_clip):
 # ---------------------------------------------------------------- interrupted, resumed, finished
 
 @pytest.mark.parametrize("script", STAGES)
-def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, script):
-    """With stochastic depth on, so that the noise of every later step must be the same too."""
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, script, monkeypatch):
+    """Ctrl-C inside the second epoch saves that step. With stochastic depth on, so that the noise of every later step must be the same too."""
     stage = STAGES[script]
     noise = [] if stage == "prompts" else ["--drop-path", "0.5"]
     whole, out = copy_inputs(world, tmp_path / "whole", stage), copy_inputs(world, tmp_path / "out", stage)
     assert call(script, *flags(script, world, whole, *noise)).returncode == 0
-    saves, save_state = [], common.save_state
+    steps, add = [], common.Meter.add
 
-    def killed(*args):
-        save_state(*args)
-        saves.append(args[5:7])
-        if len(saves) == 3:                                                      # inside the second epoch
-            raise KeyboardInterrupt
+    def strike(*args, **values):
+        add(*args, **values)
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
 
-    common.save_state = killed
-    done = call(script, *flags(script, world, out, "--save-every", "1", *noise))
-    assert done.returncode == 130 and "nothing finished is lost" in done.stderr and not (out / f"{stage}.pt").exists()
-    common.save_state = save_state
-    done = call(script, *flags(script, world, out, "--save-every", "1", *noise))
+    monkeypatch.setattr(common.Meter, "add", strike)
+    done = call(script, *flags(script, world, out, *noise))
+    assert done.returncode == 130 and f"step 1 of epoch 2 is saved in {out / stage}.last.pt" in done.stderr and "the same command" in done.stderr, done.stderr
+    assert not (out / f"{stage}.pt").exists() and not list(out.glob(".*"))
+    done = call(script, *flags(script, world, out, *noise))
+    assert len(steps) == 4                                                       # two epochs of two: none was done again
     assert done.returncode == 0, done.stderr
     assert same(weights(out / f"{stage}.pt"), weights(whole / f"{stage}.pt"))
     strip = lambda path: [{k: v for k, v in row.items() if k != "seconds"} for row in rows(path)]

@@ -1,5 +1,7 @@
 """VPL phase 1 as a command on a tiny world: what is marked, what W learns from it, resumed, batched and shared among processes alike."""
 import json
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -206,6 +208,23 @@ def test_max_pixels_bounds_every_picture_and_draws_the_same(world, tmp_path):
         assert places == sorted(set(places)) and (all_marked[places] == marked).all()   # a subset, each once
         assert (features(tmp_path / "b")[id][1] == marked).all()
     assert any(not np.array_equal(features(tmp_path / "c")[id][0], features(tmp_path / "a")[id][0]) for id in LABELS)
+
+
+def test_sigterm_saves_the_step_of_the_descent(world, tmp_path, monkeypatch):
+    steps, step = [], losses.prototype_step
+
+    def struck(*args):
+        steps.append(1)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    monkeypatch.setattr(losses, "prototype_step", struck)
+    done = call("vpl.py", *flags(world, tmp_path))
+    assert done.returncode == 143 and f"step 7 is saved in {tmp_path / 'prototypes.last.pt'}" in done.stderr, done.stderr
+    resumed, uninterrupted = vpl(world, tmp_path), torch.load(world / "out/prototypes.pt", weights_only=True)
+    assert torch.equal(resumed["model"]["prototypes"], uninterrupted["model"]["prototypes"]) and rows(tmp_path) == rows(world / "out")
+    assert len(steps) == uninterrupted["args"]["steps"]
 
 
 @pytest.mark.parametrize("kill", ["features", "descent"])

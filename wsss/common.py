@@ -9,6 +9,7 @@
 import argparse
 import contextlib
 import errno
+import fcntl
 import hashlib
 import itertools
 import json
@@ -21,9 +22,11 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from concurrent import futures
+from multiprocessing import forkserver
 from pathlib import Path
 
 import numpy as np
@@ -205,6 +208,9 @@ class Env:
             os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        if self.world > 1:                                    # ranks whose torchrun was killed would go on without it
+            threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
+        self.words = None                                     # a group of processes that talks through main memory
         args.out.mkdir(parents=True, exist_ok=True)
         seed_all(args.seed + self.rank)                       # ranks draw different noise (DropPath), the same weights are broadcast by DDP
 
@@ -261,6 +267,19 @@ class Env:
         """A bar with the time left, on rank 0."""
         return tqdm(items, desc=desc, total=total, initial=initial, disable=not self.main, dynamic_ncols=True, mininterval=0.5)
 
+    def stopping(self):
+        """Asked after each step of a training loop: did Ctrl-C or SIGTERM come, to any process? Then the state is to be saved now, and `leave` follows.
+
+        All processes learn it after the same step, by way of main memory: no GPU is waited for."""
+        STOP.later = True                                     # from here on a step is finished first
+        STOP.agreed = STOP.signal
+        if self.world > 1:
+            self.words = self.words or (dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo"))
+            heard = torch.tensor([STOP.signal])
+            dist.all_reduce(heard, dist.ReduceOp.MAX, self.words)
+            STOP.agreed = STOP.signal = heard.item()
+        return STOP.agreed > 0
+
     def close(self, message=None):
         """Leave together: a rank that exits early takes the rendezvous store with it."""
         if message and self.main:
@@ -268,6 +287,7 @@ class Env:
         if dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()
+        release()
 
 
 def mean(values, where=None):
@@ -333,10 +353,15 @@ def pooled(function, tasks, workers, where):
     tasks, waiting = iter(tasks), set()
     context = multiprocessing.get_context("forkserver")       # processes of a clean server that has imported the function once, without our threads
     context.set_forkserver_preload(["__main__", function.__module__])
-    pool = futures.ProcessPoolExecutor(workers, context, initializer=single_thread)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})                # Ctrl-C is this process's to handle; the server inherits that
+    forkserver.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    pool = futures.ProcessPoolExecutor(workers, context, initializer=serve)
     try:
         while True:
-            waiting |= {pool.submit(function, *task) for task in itertools.islice(tasks, 2 * workers - len(waiting))}
+            for task in itertools.islice(tasks, 2 * workers - len(waiting)):
+                with STOP.hold():                                                     # it may start a process: not by halves
+                    waiting.add(pool.submit(function, *task))
             if not waiting:
                 return
             done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
@@ -348,9 +373,117 @@ def pooled(function, tasks, workers, where):
         pool.shutdown(cancel_futures=True)
 
 
-def single_thread():
+def serve():
     torch.set_num_threads(1)                                  # a process a core: more threads in each only get in each other's way
-    signal.signal(signal.SIGINT, signal.SIG_IGN)              # Ctrl-C is the parent's to handle
+    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()      # a killed run leaves none behind
+
+
+def follow(parent):
+    """Ends this process, as SIGTERM does, when its parent is gone."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+# ---------------------------------------------------------------- Ctrl-C and SIGTERM
+
+class Stop:
+    """What Ctrl-C and SIGTERM do. At most times they end the run at once; while `later`, the first one only leaves word, and a second ends it."""
+
+    def __init__(self):
+        self.signal = self.agreed = self.count = self.time = 0
+        self.later, self.before = False, {}                   # signal -> what it did before us
+
+    def listen(self):
+        """From here to `rest`. A signal that was ignored before stays so: that of a background job, say."""
+        self.__init__()
+        self.pid, self.hook = os.getpid(), sys.unraisablehook
+        sys.unraisablehook = self.miss
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self.before[number] = signal.signal(number, self.hear)
+
+    def rest(self):
+        sys.unraisablehook = self.hook
+        for number, handler in self.before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def hear(self, number, frame):
+        if os.getpid() != self.pid or "WORLD_SIZE" in os.environ and time.time() < self.time + 1:
+            return                                            # a loader's process, which its parent ends; torchrun hands on the Ctrl-C that we got too
+        self.signal, self.time, self.count = number, time.time(), self.count + 1
+        if not self.later or self.count > 1:
+            raise KeyboardInterrupt
+
+    def miss(self, error):
+        """Where Python lets no exception through, as around a fork, what `hear` raised is lost: a moment later it is heard again."""
+        if error.exc_type is not KeyboardInterrupt:
+            return self.hook(error)
+        self.count, self.time = self.count - 1, 0
+        threading.Timer(0.1, os.kill, (os.getpid(), self.signal)).start()
+
+    @contextlib.contextmanager
+    def hold(self):
+        """What is within is done whole."""
+        before, self.later = self.later, True
+        try:
+            yield
+        finally:
+            self.later = before
+        if self.signal and not before:
+            raise KeyboardInterrupt
+
+
+STOP = Stop()
+
+
+def leave(path, step):
+    """Called on all ranks after a state was saved: where `stopping` has said so, the run ends here."""
+    if STOP.agreed:
+        if dist.is_initialized():                             # torchrun ends the others once one has left
+            dist.barrier()
+        raise KeyboardInterrupt(f"step {step} is saved in {path}")
+
+
+# ---------------------------------------------------------------- one run at a time
+
+HELD = {}                                                     # path of a lock -> its open file
+
+
+def claim(path):
+    """Until the run ends, this process alone writes `path`, a file or a folder: .<name>.lock beside it says who. Of several ranks the first asks.
+
+    A record lock: gone with its process, however that ends, not inherited by a forked one, and known to NFS."""
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    if int(os.environ.get("RANK", 0)) or lock in HELD:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while lock not in HELD:
+        file = open(lock, "a+")
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                print(f"{lock}: {error.strerror}: a second run into the same folder would not be noticed", file=sys.stderr)
+                return file.close()
+            file.seek(0)
+            raise ValueError(f"{path} is being written by {file.read().strip() or 'another process'}: wait for it, stop it, or take another --out") from None
+        with contextlib.suppress(FileNotFoundError):          # its last holder has just removed it: once more
+            if os.path.samestat(os.fstat(file.fileno()), lock.stat()):
+                HELD[lock] = file
+    with contextlib.suppress(OSError):                        # a full disk has no room for a name: the lock holds all the same
+        os.ftruncate(file.fileno(), 0)
+        os.write(file.fileno(), f"process {os.getpid()} on {platform.node()} ({Path(sys.argv[0]).name})".encode())
+
+
+def release():
+    while HELD:
+        lock, file = HELD.popitem()
+        with contextlib.suppress(OSError):                    # the folder may be gone
+            lock.unlink()
+        file.close()
 
 
 # ---------------------------------------------------------------- whole files
@@ -365,7 +498,8 @@ def atomic(path):
     except OSError as error:                                  # PIL, numpy and torch do not say which file
         raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                    # what went wrong before is what is told
+            beside.unlink(missing_ok=True)
 
 
 def save(path, **content):
@@ -541,6 +675,9 @@ def open_folder(folder, args, env, free, keep=False, **facts):
     env.barrier()
     if env.main:
         folder.mkdir(parents=True, exist_ok=True)
+        for part in folder.glob(".*.part"):                   # of killed runs; where several stages write, of the last hour it may be another's
+            if not keep or time.time() - part.stat().st_mtime > 3600:
+                part.unlink(missing_ok=True)
         if not args.resume and not (keep and same):
             for path in made:
                 path.unlink(missing_ok=True)
@@ -572,6 +709,7 @@ def save_state(path, model, optimizer, scheduler, scaler, epoch, step, args):
     if not dist.is_initialized() or dist.get_rank() == 0:
         save(path, model=unwrap(model).state_dict(), optimizer=optimizer.state_dict(), scheduler=scheduler.state_dict(),
              scaler=scaler.state_dict(), rng=ranks, epoch=epoch, step=step, args=plain(args))
+    leave(path, f"{step} of epoch {epoch + 1}" if epoch else step)
 
 
 def not_finite(model, optimizer, scaler):
@@ -634,6 +772,7 @@ class Log:
             return
         lines = self.path.read_text().splitlines() if step and self.path.exists() else []
         kept = [line for line in lines[1:] if whole(line) and json.loads(line)["step"] <= step]
+        self.start -= json.loads(kept[-1])["seconds"] if kept else 0
         with atomic(self.path) as beside:
             beside.write_text("\n".join([json.dumps({"args": plain(args), "versions": versions(), "world": env.world}), *kept]) + "\n")
 
@@ -641,8 +780,11 @@ class Log:
         """Tensors are read here and nowhere else: this is the one place that waits for the device."""
         if self.env.main:
             row = {k: float(f"{float(v):.6g}") if isinstance(v, (float, torch.Tensor)) else v for k, v in values.items()}
-            with open(self.path, "a") as file:
-                file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 1), **row}) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps({"step": step, "seconds": round(time.time() - self.start, 1), **row}) + "\n")
+            except OSError as error:                          # a write does not say which file
+                raise OSError(error.errno, error.strerror, str(self.path)) from error
 
 
 class Meter:
@@ -693,23 +835,59 @@ def versions():
 # ---------------------------------------------------------------- the way out
 
 def run(main):
-    """Runs a script's main. What we or the system refuse ends in one line and exit 1; a bug keeps its traceback."""
+    """Runs a script's main. What we or the system refuse ends in one line and exit 1, Ctrl-C in one and 130, SIGTERM 143; a bug keeps its traceback."""
+    STOP.listen()
     try:
         main()
-    except KeyboardInterrupt:
-        print(f"\n{Path(sys.argv[0]).name}: interrupted; nothing finished is lost: run the same command again", file=sys.stderr)
-        sys.exit(130)
+        if STOP.signal:                                       # it came after the last step
+            raise KeyboardInterrupt
+    except KeyboardInterrupt as saved:
+        interrupted(str(saved))
     except RuntimeError as error:
+        if STOP.signal:                                       # a loader's process or another rank was quicker to leave
+            interrupted()
         if "DataLoader worker" in str(error):                 # killed; what it raises itself keeps its type
-            sys.exit(f"{Path(sys.argv[0]).name}: a loader process died, most likely out of memory: run the same command again with fewer --workers")
+            sys.exit(told("a loader process died, most likely out of memory: run the same command again with fewer --workers"))
         if not dist.is_initialized() or not re.search("peer|closed|aborted", str(error), re.I):      # gloo and nccl, when another rank has left
+            told(f"{type(error).__name__}: {error}")
             raise
+        told("another process left first", later=60)
         sys.exit(1)
     except (OSError, ValueError) as error:
         if not ours(error):
             raise
-        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        print(told(one_line(error)), file=sys.stderr)
         sys.exit(1)
+    finally:
+        release()
+        STOP.rest()
+
+
+def interrupted(saved=""):
+    """The end of a run that was asked to end: says how to go on."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD):        # what comes now is no news; torch's SIGCHLD raises when a loader's process was killed
+        STOP.before.setdefault(number, signal.signal(number, lambda *_: None))
+    for child in multiprocessing.active_children():
+        if child.daemon:                                      # a loader's, which would pass over a first SIGTERM
+            child.kill(), child.join()
+    again = f"run the same command again{', without --no-resume' if '--no-resume' in sys.argv else ''}"
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"\n{told(f'interrupted; {saved}: to go on, {again}' if saved else f'interrupted; nothing finished is lost: {again}')}", file=sys.stderr, flush=True)
+    code = 128 + (STOP.signal or signal.SIGINT)
+    if STOP.count > 1:                                        # at once: without waiting for the processes of a pool, which then see that we are gone
+        release()
+        os._exit(code)
+    sys.exit(code)
+
+
+def told(line, later=0):
+    """The line that ends a run, after the name of its script. torchrun, which looks for the first failure among its processes, gets it too."""
+    line = f"{Path(sys.argv[0]).name}: {line}"
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        with contextlib.suppress(OSError):
+            Path(os.environ["TORCHELASTIC_ERROR_FILE"]).write_text(json.dumps(
+                {"message": {"message": line, "extraInfo": {"py_callstack": line, "timestamp": str(int(time.time()) + later)}}}))
+    return line
 
 
 def ours(error):
@@ -723,6 +901,6 @@ def ours(error):
 
 
 def one_line(error):
-    if isinstance(error, OSError) and error.errno and error.filename:
-        return f"{error.filename}: {error.strerror}; check that the folder exists, is writable and has room"
-    return str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
+    line = re.sub(r"^\w+Error: ", "", str(error).strip().splitlines()[-1])           # a worker's error comes with a traceback before it
+    system = re.fullmatch(r"\[Errno \d+\] (.*): '(.*)'", line)
+    return f"{system[2]}: {system[1]}; check that the folder exists, is writable and has room" if system else line

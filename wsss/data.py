@@ -15,6 +15,7 @@ import math
 import os
 import pickle
 import re
+import signal
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from functools import partial
@@ -570,7 +571,8 @@ def atomic(path):
     except OSError as error:
         raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):                                  # what went wrong before is what is told
+            beside.unlink(missing_ok=True)
 
 
 def save_mask(path, mask):
@@ -725,7 +727,13 @@ def by_size(folder, ids, batch_size, env, workers=0):
     """DataLoader over all pictures, each once, in batches of one size: (numbers (b,) list, images (b, 3, H, W) in [0, 1])."""
     pictures = Pictures(folder, ids)
     return DataLoader(pictures, batch_sampler=list(pictures.equal_sizes(batch_size)), num_workers=workers, collate_fn=pictures.collate,
-                      pin_memory=env.device.type == "cuda")
+                      pin_memory=env.device.type == "cuda", worker_init_fn=serve)
+
+
+def serve(worker):
+    """A loader's process leaves Ctrl-C, and one SIGTERM, to the one that it works for: both may be sent to all processes of a run, which is to finish its step."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 
 
 # ---------------------------------------------------------------- training samples
@@ -835,4 +843,4 @@ def loader(samples, batch_size, env, workers=0):
     batches = Batches(len(samples), batch_size, env, samples.seed)
     # A generator of its own: an iterator draws a number when it starts, which would move the networks' noise in a resumed epoch.
     return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=samples.collate, generator=torch.Generator(),
-                      pin_memory=env.device.type == "cuda", persistent_workers=workers > 0), batches
+                      pin_memory=env.device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=serve), batches

@@ -10,7 +10,9 @@ column k[p] in picture b[p]. A picture is N = h w patch tokens after one class t
 `last_inputs` is in half precision; all else is float32, or float64 for a float64 CLIP.
 """
 
+import io
 import os
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,9 +81,16 @@ def stored_inputs(folder, ids, make):
     if not all(path.exists() for path in paths):
         x, attention, grid = make()
         for path, *tensors in zip(paths, x.half().cpu(), attention.half().cpu()):
-            beside = path.with_suffix(".part")
-            torch.save([*(tensor.clone() for tensor in tensors), list(grid)], beside)
-            os.replace(beside, path)                                                  # a file that exists is whole
+            content = io.BytesIO()
+            torch.save([*(tensor.clone() for tensor in tensors), list(grid)], content)
+            beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")          # another stage may be writing the same
+            try:
+                beside.write_bytes(content.getvalue())
+                os.replace(beside, path)                                              # a file that exists is whole
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(path)) from error
+            finally:
+                beside.unlink(missing_ok=True)
         return x.half().float(), attention.half().float(), grid
     stored = []
     for path in paths:
