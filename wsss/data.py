@@ -13,8 +13,9 @@ import errno
 import io
 import math
 import os
-import pickle
 import re
+import stat
+import struct
 import xml.etree.ElementTree as ElementTree
 from itertools import groupby
 from pathlib import Path
@@ -245,9 +246,10 @@ def read_cls_labels(path, classes):
 
 # ---------------------------------------------------------------- other projects' pickles
 
-# A pickle is a program: it calls what find_class hands out, and sets the state of what it has made. So nothing of numpy's or torch's is handed
-# out: what a pickle builds are the records below, which only keep what they are given. Arrays are made of them afterwards (`settled`), and by
-# nothing but a shape, the name of a plain dtype and as many bytes as these two say.
+# A pickle is a program, and pickle.Unpickler runs it: what it calls, how much it makes and how deep it nests is the file's choice. So it is not run.
+# `Restricted` knows the words in which numbers, texts, lists, dicts and calls are written; a call makes one of the records below, which keep what
+# they are given. Arrays are made of them afterwards (`settled`), of nothing but a shape, the name of a plain dtype and as many bytes as these two
+# say. All of it costs no more than a few times the file.
 
 class Kind:
     """A dtype by its name and byte order: numbers, strings, objects; no fields, no subarrays."""
@@ -255,22 +257,24 @@ class Kind:
 
     def __init__(self, name, *_):
         if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|O8?|U\d{1,4}", name):
-            raise pickle.UnpicklingError(f"it holds the dtype {str(name)[:40]!r}")
+            raise ValueError(f"it holds the dtype {name!r:.40}")
         self.name, self.order = name, "="
 
     def __setstate__(self, state):
         _, order, *structure = state[:5]
         if order not in ("<", ">", "|", "=") or structure != [None] * 3:
-            raise pickle.UnpicklingError("it holds a dtype of parts")
+            raise ValueError("it holds a dtype of parts")
         self.order = order
 
     def read(self, shape, content):
         """-> array of `shape`, C order, over `content`."""
-        if not all(type(n) is int and n >= 0 for n in shape) or not isinstance(content, (bytes, bytearray)) or self.name[0] in "OU":
-            raise pickle.UnpicklingError("an array in it is not of numbers")
+        if type(shape) is not tuple or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
+            raise ValueError("an array in it has no shape")
+        if not isinstance(content, bytes) or self.name[0] in "OU":
+            raise ValueError("an array in it is not of numbers")
         dtype = np.dtype(self.order + ("u1" if self.name == "b1" else self.name))
         if math.prod(shape) * dtype.itemsize != len(content):
-            raise pickle.UnpicklingError(f"an array in it is torn: {len(content)} bytes for the shape {shape}")
+            raise ValueError(f"an array in it is torn: {len(content)} bytes for the shape {shape}")
         array = np.frombuffer(content, dtype).reshape(shape) if content else np.zeros(shape, dtype)
         return array != 0 if self.name == "b1" else array                  # as numpy counts on: a byte of a bool is 0 or 1
 
@@ -288,7 +292,7 @@ class Array:
     def settled(self):
         if self.value is None:
             _, shape, kind, fortran, content = self.state
-            if kind.name[0] == "O" and shape == () and len(content) == 1:  # np.save's way to keep a dict
+            if kind.name[0] == "O" and shape == () and type(content) is list and len(content) == 1:       # np.save's way to keep a dict
                 return content[0]
             array = kind.read(shape[::-1] if fortran else shape, content)
             self.value = array.T if fortran else array if self.axes is None else array.transpose(self.axes)
@@ -296,17 +300,11 @@ class Array:
 
 
 class Maker:
-    """What a pickle may call. It cannot set its state, as it could that of a function."""
+    """What a pickle may call, and do nothing else with."""
     __slots__ = ("make",)
 
     def __init__(self, make):
         self.make = make
-
-    def __call__(self, *args):
-        return self.make(*args)
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("it changes what it calls")
 
 
 def of_buffer(content, kind, shape, order, axes=None):
@@ -324,7 +322,7 @@ def number(kind, content):
 def latin(text, encoding):
     """Old protocols' way to bytes."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {str(encoding)[:40]!r}")
+        raise ValueError(f"it asks for the encoding {encoding!r:.40}")
     return str.encode(text, "latin1")
 
 
@@ -333,94 +331,219 @@ def storage(content):
     file = io.BytesIO(content)
     magic, version, _, (_, kind, key, _, count, view), keys = (StorageReader(file).load() for _ in range(5))
     if (magic, version, view, keys) != (0x1950a86a20f9469cfc6c, 1001, None, [key]):
-        raise pickle.UnpicklingError("a tensor in it is not as torch writes them")
+        raise ValueError("a tensor in it is not as torch writes them")
     return Kind(kind).read((count,), file.read()[8:])                      # 8: the count again
 
 
 def tensor(numbers, offset, size, stride, *_):
     """A view (offset, size, stride) of a storage's numbers -> Array."""
-    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or math.prod(size) > len(numbers):
-        raise pickle.UnpicklingError("a tensor in it is not of its numbers")
+    if (type(size), type(stride)) != (tuple, tuple) or len(size) != len(stride) or len(size) > 8 or not all(
+            type(n) is int and n >= 0 for n in (offset, *size, *stride)) or math.prod(size) > len(numbers):
+        raise ValueError("a tensor in it is not of its numbers")
     if 0 not in size and offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(numbers):
-        raise pickle.UnpicklingError("a tensor in it reaches past its numbers")
+        raise ValueError("a tensor in it reaches past its numbers")
     shown = Array()
     shown.value = np.zeros(size, numbers.dtype) if 0 in size else np.lib.stride_tricks.as_strided(
         numbers[offset:], size, [step * numbers.itemsize for step in stride]).copy()
     return shown
 
 
-class StorageReader(pickle.Unpickler):
-    """Numbers, texts, and of torch's storages the kind of number."""
-    kinds = {"FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2",
-             "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "b1"}
-
-    def find_class(self, module, name):
-        if module != "torch" or name not in self.kinds:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.kinds[name]
-
-    def persistent_load(self, id):
-        return id
+little = lambda content: int.from_bytes(content, "little", signed=True)
+COUNTED = {  # words of a pickle that are followed by a length, of so many bytes, and as many bytes of content
+    b"U": (1, bytes.decode), b"T": (4, bytes.decode), b"\x8c": (1, bytes.decode), b"X": (4, bytes.decode), b"\x8d": (8, bytes.decode),
+    b"C": (1, bytes), b"B": (4, bytes), b"\x8e": (8, bytes), b"\x96": (8, bytes), b"\x8a": (1, little), b"\x8b": (4, little)}
+FIXED = {b"K": (1, lambda b: b[0]), b"M": (2, lambda b: int.from_bytes(b, "little")), b"J": (4, little), b"G": (8, lambda b: struct.unpack(">d", b)[0])}
+PLAIN = {b"N": lambda: None, b"\x88": lambda: True, b"\x89": lambda: False, b"]": list, b"}": dict, b")": tuple}
+TUPLES, MEMO = {b"\x85": 1, b"\x86": 2, b"\x87": 3}, {b"q": 1, b"r": 4, b"h": 1, b"j": 4}
 
 
-class Restricted(pickle.Unpickler):
+class Restricted:
     """Reads other projects' pickles: arrays of numbers, IRN's tensors (as arrays) and plain values; whatever else is asked for is refused."""
-    makes = {("numpy", "dtype"): Maker(Kind), ("numpy", "ndarray"): "ndarray", ("_codecs", "encode"): Maker(latin), ("collections", "OrderedDict"): Maker(dict),
+    makes = {("numpy", "dtype"): Maker(Kind), ("numpy", "ndarray"): "ndarray", ("_codecs", "encode"): Maker(latin), ("collections", "OrderedDict"): Maker(lambda: {}),
              ("torch._utils", "_rebuild_tensor_v2"): Maker(tensor), ("torch.storage", "_load_from_bytes"): Maker(storage)}
     for core in ("numpy.core", "numpy._core"):
         makes |= {(f"{core}.multiarray", "_reconstruct"): Maker(Array), (f"{core}.multiarray", "scalar"): Maker(number),
                   (f"{core}.numeric", "_frombuffer"): Maker(of_buffer)}
+    words = 8_000_000                                                      # of COCO's labels it takes 3 million
+    unchanged = ()                                                         # what is made plain, its attributes left out
 
-    def find_class(self, module, name):
+    def __init__(self, file):
+        here = file.tell()
+        self.file, self.size = file, file.seek(0, os.SEEK_END) - here
+        self.spare = 8 * self.size + (1 << 20)                             # bytes that calls and arrays may take together: one content can be named many times
+        file.seek(here)
+
+    def find(self, module, name):
         if (module, name) not in self.makes:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise ValueError(f"it asks for {module}.{name}"[:100])
         return self.makes[module, name]
 
+    def read(self, n):
+        content = self.file.read(n) if n <= self.size else b""
+        if len(content) < n:
+            raise ValueError("it is torn")
+        return content
+
+    def line(self):
+        return self.file.readline().decode().strip()
+
     def load(self):
-        return settled(super().load())
+        read, stack, marks, memo = self.read, [], [], {}
+        for _ in range(self.words):
+            word = read(1)
+            if word in COUNTED:
+                width, value = COUNTED[word]
+                stack.append(value(read(int.from_bytes(read(width), "little"))))
+            elif word in FIXED:
+                width, value = FIXED[word]
+                stack.append(value(read(width)))
+            elif word in PLAIN:
+                stack.append(PLAIN[word]())
+            elif word == b"\x94":
+                memo[len(memo)] = stack[-1]
+            elif word in MEMO:
+                place = int.from_bytes(read(MEMO[word]), "little")
+                if word in b"hj":
+                    stack.append(memo[place])
+                else:
+                    memo[place] = stack[-1]
+            elif word == b"(":
+                marks.append(len(stack))
+            elif word in b"teua":                                          # a tuple, or what goes into a list or a dict
+                start = len(stack) - 1 if word == b"a" else marks.pop()
+                items = stack[start:]
+                del stack[start:]
+                stack.append(tuple(items)) if word == b"t" else self.fill(stack[-1], items, dict if word == b"u" else list)
+            elif word == b"s":
+                self.fill(stack[-3], [stack[-2], stack.pop()], dict), stack.pop()
+            elif word in TUPLES:
+                stack[-TUPLES[word]:] = [tuple(stack[-TUPLES[word]:])]
+            elif word in b"R\x81":
+                args, what = stack.pop(), stack.pop()
+                stack.append(self.call(what, args))
+            elif word == b"b":
+                self.change(stack[-2], stack.pop())
+            elif word == b"c":
+                stack.append(self.find(self.line(), self.line()))
+            elif word == b"\x93":
+                name, module = stack.pop(), stack.pop()
+                stack.append(self.find(module, name))
+            elif word in b"\x80\x95":                                      # the protocol, and a hint how much to read at once
+                read(1 if word == b"\x80" else 8)
+            elif word == b".":
+                return self.settled(stack.pop(), 3, {})
+            elif word != b"Q" or not isinstance(self, StorageReader):      # Q: what stands for a storage is its name
+                raise ValueError(f"it holds the word {word!r}, which no array needs")
+        raise ValueError(f"it is longer than {self.words:,} words")
+
+    def fill(self, container, items, kind):
+        if type(container) is not kind:
+            raise ValueError("it fills what is no list or dict")
+        if kind is list:
+            return container.extend(items)
+        if not all(type(key) in (str, int) for key in items[::2]):         # others' hashes can take forever, or all of the stack
+            raise ValueError("a key in it is no text or number")
+        container.update(zip(items[::2], items[1::2], strict=True))
+
+    def call(self, what, args):
+        if type(what) is not Maker or type(args) is not tuple:
+            raise ValueError("it calls what is no function")
+        self.take(sum(part.nbytes if isinstance(part, np.ndarray) else len(part) for part in args if isinstance(part, (bytes, str, tuple, list, np.ndarray))))
+        return what.make(*args)
+
+    def change(self, what, state):
+        if type(what) in self.unchanged:
+            return
+        if type(what) not in (Kind, Array) or type(state) is not tuple:
+            raise ValueError("it changes what it calls")
+        what.__setstate__(state)
+
+    def take(self, size):
+        self.spare -= size
+        if self.spare < 0:
+            raise ValueError("it unpacks to many times its size")
+
+    def settled(self, value, depth, seen):
+        """Arrays in place of the records, down to the values of dicts in a list; what is named twice is made once."""
+        if (id(value), depth) in seen or not depth:
+            return seen.get((id(value), depth), value)
+        made = value
+        if isinstance(value, Array):
+            made = value.settled()
+            if isinstance(made, np.ndarray):
+                self.take(made.nbytes)
+            else:
+                made = self.settled(made, depth - 1, seen)
+        elif isinstance(value, dict):
+            made = {key: self.settled(part, depth - 1, seen) for key, part in value.items()}
+        elif isinstance(value, list):
+            made = [self.settled(part, depth - 1, seen) for part in value]
+        seen[id(value), depth] = made
+        return made
 
 
-def settled(value, depth=3):
-    """Arrays in place of the records, down to the values of dicts in a list."""
-    if isinstance(value, Array):
-        value = value.settled()
-        return value if isinstance(value, np.ndarray) or not depth else settled(value, depth - 1)
-    if depth and isinstance(value, dict):
-        return {key: settled(part, depth - 1) for key, part in value.items()}
-    if depth and isinstance(value, list):
-        return [settled(part, depth - 1) for part in value]
-    return value
+class StorageReader(Restricted):
+    """Numbers, texts, and of torch's storages the kind of number."""
+    words = 200
+    makes = {("torch", f"{name}Storage"): kind for name, kind in dict(
+        Float="f4", Double="f8", Half="f2", Long="i8", Int="i4", Short="i2", Char="i1", Byte="u1", Bool="b1").items()}
 
 
 class FmaReader(Restricted):
-    """FMA-WSSS pickles a list and a dict of its own classes: they become plain ones, its code is not looked for."""
-    class List(list):
-        __slots__ = ()
+    """FMA-WSSS pickles a list and a dict of its own classes: they become plain ones without attributes, its code is not looked for."""
+    own, unchanged = {"SamAnns": Maker(lambda: []), "ADict": Maker(lambda: {})}, (list, dict)
 
-        def __setstate__(self, state):
-            """Attributes are left out: numpy would ask an __array_interface__ for an address."""
-
-    class Dict(dict):
-        __slots__ = ()
-
-        def __setstate__(self, state):
-            pass
-
-    def find_class(self, module, name):
-        return {"SamAnns": self.List, "ADict": self.Dict}.get(name) or super().find_class(module, name)
+    def find(self, module, name):
+        return self.own[name] if name in self.own else super().find(module, name)
 
 
 def read_pickled(path):
     """What another project's pickled .npy holds; None of a plain array."""
-    with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+    with open(regular(path), "rb") as file:
+        shape, _, dtype = read_header(file)
         if not dtype.hasobject:
             return None
         if shape:
-            raise ValueError(f"it holds {shape} objects, not one dict")
+            raise ValueError(f"it holds {shape!r:.40} objects, not one dict")
         return Restricted(file).load()
+
+
+# ---------------------------------------------------------------- plain arrays
+
+def read_header(file):
+    """-> (shape, fortran, dtype) of a .npy, `file` then at its numbers. Python's parser reads the header: it is short, or refused."""
+    version = np.lib.format.read_magic(file)
+    width = 2 if version == (1, 0) else 4
+    if int.from_bytes(file.read(width), "little") > 10_000:
+        raise ValueError("its header is no array's")
+    file.seek(-width, os.SEEK_CUR)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+
+
+def read_npy(path):
+    """A plain array; its file must be as long as its header says, before there is room for it."""
+    with open(regular(path), "rb") as file:
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError("it holds objects")
+        if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != os.fstat(file.fileno()).st_size - file.tell():
+            raise ValueError("it is torn, or longer than it says")
+    return np.load(path, allow_pickle=False)
+
+
+def regular(path, most=1 << 34):
+    """`path`, of a file with an end: a pipe or a device would be read forever."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError(f"{path} is no file but a folder, a pipe or a device: put the file there")
+    if facts.st_size > most:
+        raise ValueError(f"{path} has {facts.st_size:,} bytes, at most {most:,} are read: is it another file?")
+    return path
+
+
+def why(error):
+    """The first line of what a library says of a foreign file, for a message of one line."""
+    return re.sub(r"[\x00-\x1f\x7f]", " ", f"{error}".strip().partition("\n")[0])[:200].strip() or type(error).__name__
 
 
 # ---------------------------------------------------------------- texts
