@@ -29,6 +29,8 @@ from torchvision.transforms import v2
 
 IGNORE = 255
 PICTURES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")                    # what lies under these endings; Pillow's other decoders are not asked
+PIXELS = 1 << 26                                                   # of a picture, at most: 8192 x 8192, 20,000 x 3,355; a file of a few bytes can claim any number
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
@@ -71,6 +73,8 @@ class Folder:
             raise ValueError(f"{path} must hold one name a line, none twice")
         if "background" in names:
             raise ValueError(f"{path} lists 'background': remove it, it is label 0 of every mask and no class")
+        if long := [name for name in names if len(name) > 100]:
+            raise ValueError(f"{path} lists a name of {len(long[0])} characters ({long[0][:20]}...): CLIP reads short names, at most 100")
         if len(names) > 254:
             raise ValueError(f"{path} lists {len(names)} classes, an 8-bit mask holds 254")
         return names
@@ -92,7 +96,8 @@ class Folder:
         if not ids:
             raise ValueError(f"{path} is empty: give a split that holds pictures")
         if len(set(ids)) < len(ids):
-            twice = next(i for n, i in enumerate(ids) if i in set(ids[:n]))
+            once = set()
+            twice = next(i for i in ids if i in once or once.add(i))
             raise ValueError(f"{path} lists {twice} twice: remove one line")
         return ids[:limit] if limit else ids
 
@@ -172,15 +177,21 @@ class Folder:
 def read_lines(path):
     """Lines of a text file; CRLF and a byte order mark are ordinary."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(regular(path, 1 << 26)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    lines = text.splitlines()
+    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", text):
+        raise ValueError(f"{path} holds control characters: save it as plain UTF-8 text")
+    if len(lines) > 2_000_000 or max(map(len, lines), default=0) > 100_000:
+        raise ValueError(f"{path} has {len(lines):,} lines, the longest of {max(map(len, lines)):,} characters: is it a list, an entry a line?")
+    return lines
 
 
 def parse_id(line, path):
     """`2007_000032`, or a pair `/JPEGImages/x.jpg /SegmentationClassAug/x.png`. An id is a file name: it cannot leave the folder."""
     text = line.strip()
-    first = text.split()[0]
+    first = text.split(maxsplit=1)[0]
     parts = Path(first).parts
     if "JPEGImages" in parts[:-1] and ".." not in parts and parts.index("JPEGImages") == len(parts) - 2:
         return check_id(Path(first).stem, path)
@@ -188,8 +199,8 @@ def parse_id(line, path):
 
 
 def check_id(id, path):
-    if not id or id.startswith(".") or set(id) & set("/\\\0") or id != id.strip() or id.endswith(PICTURES):
-        raise ValueError(f"{path}: {id!r} is no picture id: write the file name without folder and ending")
+    if not id or id.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", id) or id != id.strip() or id.endswith(PICTURES) or len(id.encode(errors="replace")) > 200:
+        raise ValueError(f"{path}: {id!r:.100} is no picture id: write the file name without folder and ending")
     return id
 
 
@@ -208,7 +219,7 @@ def read_label_list(path, classes):
         present = set()
         for name in filter(None, names):
             if name not in index and not (name.isdecimal() and int(name) < len(classes)):
-                raise ValueError(f"{path}:{number}: {name!r} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
+                raise ValueError(f"{path}:{number}: {name!r:.100} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
                                  "blanks in names are written _, or fields are parted by tabs")
             present.add(index[name] if name in index else int(name))
         labels[id] = sorted(present)
@@ -219,13 +230,16 @@ def read_xml(path, classes):
     """Names of the objects in a VOC annotation, "difficult" ones included."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: labels come from labels.txt or from one XML a picture")
+    content = Path(regular(path, 1 << 22)).read_bytes()
     try:
-        names = {(o.findtext("name") or "").strip() for o in ElementTree.parse(path).getroot().findall("object")}
+        if b"<!DOCTYPE" in content or b"\0" in content:                    # entities of a DTD unpack to gigabytes, or name other files; UTF-16 would hide them
+            raise ValueError("it has a DTD, or is not ASCII or UTF-8")
+        names = {(o.findtext("name") or "").strip() for o in ElementTree.fromstring(content).findall("object")}
     except (ElementTree.ParseError, LookupError, ValueError) as error:
-        raise ValueError(f"{path} is not readable XML ({error}): download it again or write labels.txt") from None
+        raise ValueError(f"{path} is not readable XML ({why(error)}): download it again or write labels.txt") from None
     unknown = names - set(classes)
     if unknown:
-        raise ValueError(f"{path}: {sorted(unknown)[0]!r} is not in classes.txt ({len(classes)} classes): add it there or correct the annotation")
+        raise ValueError(f"{path}: {min(unknown)!r:.100} is not in classes.txt ({len(classes)} classes): add it there or correct the annotation")
     return sorted(classes.index(name) for name in names)
 
 
@@ -233,15 +247,18 @@ def read_cls_labels(path, classes):
     """Foreign cls_labels.npy: a pickled dict, keys int32 (IRN) or str (the rest), values multi-hot (C,). -> {id: indices}"""
     try:
         table = read_pickled(path)
-        if table is None:
-            raise ValueError("it holds a plain array, not a dict")
-        labels = {key if isinstance(key, str) else int(key): np.flatnonzero(value).tolist() for key, value in table.items()}
-    except Exception as error:                                             # pickle raises whatever its bytes provoke
-        raise ValueError(f"{path} is refused ({error}): a dict from id to multi-hot labels is expected; labels.txt says the same in plain text") from None
+        if not isinstance(table, dict):
+            raise ValueError("it holds a plain array, not a dict" if table is None else f"it holds a {type(table).__name__}, not a dict")
+        for key, value in table.items():
+            numbers = isinstance(value, np.ndarray) and value.dtype.kind in "biuf" or isinstance(value, list) and all(type(n) in (bool, int, float) for n in value)
+            if not numbers:
+                raise ValueError(f"the labels of {key!r:.60} are not numbers")
+    except Exception as error:                                             # a foreign file raises whatever its bytes provoke
+        raise ValueError(f"{path} is refused ({why(error)}): a dict from id to multi-hot labels is expected; labels.txt says the same in plain text") from None
     wrong = [key for key, value in table.items() if np.shape(value) != (len(classes),)]
     if wrong:
-        raise ValueError(f"{path}: labels of {wrong[0]} have shape {np.shape(table[wrong[0]])}, classes.txt has {len(classes)} classes")
-    return labels
+        raise ValueError(f"{path}: labels of {wrong[0]!r:.60} have shape {np.shape(table[wrong[0]])}, classes.txt has {len(classes)} classes")
+    return {key: np.flatnonzero(value).tolist() for key, value in table.items()}
 
 
 # ---------------------------------------------------------------- other projects' pickles
@@ -575,33 +592,59 @@ def prompt_texts(folder, prompt="ensemble", template=None):
 
 # ---------------------------------------------------------------- pictures
 
-def load_image(path):
-    """Any picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white."""
+def header(path, formats=FORMATS):
+    """A picture of which the header is read, and its pixels are not yet."""
+    image = Image.open(regular(path), formats=formats)
+    if image.width * image.height > PIXELS:
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} are more than {PIXELS:,} pixels: make it smaller")
+    return image
+
+
+@contextlib.contextmanager
+def opened(path):
+    """A picture's file with its header read. Whatever is wrong with it, here or while its pixels are read, is one line."""
     try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)                          # reads the pixels: a truncated file ends here
-            if image.mode.startswith("I") or image.mode == "F":
-                values = np.asarray(image, dtype=np.float64)
-                top = 65535 if image.mode.startswith("I;16") or image.mode == "I" and values.max(initial=0) > 255 else 255
-                return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
-            if "A" in image.getbands() or "transparency" in image.info:
-                image = image.convert("RGBA")
-                return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-            return image.convert("RGB")
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise
-        raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
+        with header(path) as file:
+            yield file
+    except FileNotFoundError:
+        raise
+    except Exception as error:                                             # PIL raises whatever a foreign file's bytes provoke
+        raise ValueError(f"{path} is not a readable picture ({why(error)}): replace it or take it off the list") from None
+
+
+def shown_size(file):
+    """(height, width) of an opened picture as a viewer shows it."""
+    turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)                 # EXIF orientations that swap the sides
+    return file.size if turned else file.size[::-1]
+
+
+def decode(file):
+    """An opened picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white."""
+    if file.format in ("JPEG", "MPO") and Path(file.filename).read_bytes().count(b"\xff\xda") > 100:
+        raise ValueError("it has more than 100 scans")                     # each of a few bytes can cost as much as the picture
+    image = ImageOps.exif_transpose(file)                                  # reads the pixels: a truncated file ends here
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        top = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
+        table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)
+        return Image.fromarray(table[values.clip(0, top)]).convert("RGB")
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def load_image(path):
+    """Any picture -> PIL RGB, by `decode`."""
+    with opened(path) as file:
+        return decode(file)
 
 
 def picture_size(path):
     """(height, width) as load_image returns it, from the header alone."""
-    try:
-        with Image.open(path) as image:
-            turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)                        # EXIF orientations that swap the sides
-            return image.size if turned else image.size[::-1]
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
+    with opened(path) as file:
+        return shown_size(file)
 
 
 def to_float(image):
@@ -626,10 +669,10 @@ def load_mask(path, num_classes=None):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
     try:
-        with Image.open(path) as image:
+        with header(path, ("PNG",)) as image:
             values, mode = np.array(image), image.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable mask ({error}): replace it") from None
+    except Exception as error:                                             # PIL raises whatever a foreign file's bytes provoke
+        raise ValueError(f"{path} is not a readable mask ({why(error)}): replace it") from None
     if mode in ("RGB", "RGBA"):
         values = from_colours(values[..., :3], path)
     elif values.ndim != 2 or mode not in ("P", "L", "I", "I;16", "1"):
@@ -647,12 +690,14 @@ def load_mask(path, num_classes=None):
 
 def from_colours(values, path):
     """Three channels: exact palette colours become indices, anything else is refused."""
-    code = values.astype(np.int64) @ [65536, 256, 1]                        # (H, W)
     table = palette().astype(np.int64) @ [65536, 256, 1]
     order = np.argsort(table)
-    place = order[np.searchsorted(table[order], code).clip(0, 255)]
-    if (table[place] != code).any():
-        raise ValueError(f"{path} is a colour picture whose colours are not VOC's palette: write class indices (data.save_mask does)")
+    place = np.zeros(values.shape[:2], np.uint8)
+    for rows, out in zip(np.array_split(values, 1 + len(values) // 256), np.array_split(place, 1 + len(values) // 256)):       # 64-bit numbers of all would be large
+        code = rows.astype(np.int64) @ [65536, 256, 1]
+        out[:] = order[np.searchsorted(table[order], code).clip(0, 255)]
+        if (table[out] != code).any():
+            raise ValueError(f"{path} is a colour picture whose colours are not VOC's palette: write class indices (data.save_mask does)")
     return place
 
 
@@ -721,10 +766,9 @@ def load_cam(path, labels, size=None):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run make_cam.py first (README.md has the order)")
     try:
-        keys, cam = read_maps(path)
+        keys, cam = read_maps(path, len(classes))
     except Exception as error:                                             # numpy's header parser, zip and memory each raise their own
-        raise ValueError(f"{path} is not a plain .npy array ({(str(error).splitlines() or [type(error).__name__])[0]}): "
-                         "remove it and run make_cam.py again") from None
+        raise ValueError(f"{path} is not a plain .npy array ({why(error)}): remove it and run make_cam.py again") from None
     if not isinstance(cam, np.ndarray) or cam.dtype.kind != "f" or cam.ndim != 3 or 0 in cam.shape[1:]:
         raise ValueError(f"{path} holds {getattr(cam, 'dtype', type(cam).__name__)} {np.shape(cam)}, maps are float (P, h, w): run make_cam.py again")
     if keys is not None and (sorted(keys) != classes.tolist() or len(cam) != len(keys)):
@@ -749,21 +793,42 @@ def cam_path(path):
     return path if path.exists() or not path.with_suffix(".npz").exists() else path.with_suffix(".npz")
 
 
-def read_maps(path):
+def read_maps(path, count):
     """-> (classes of the rows, maps (P, h, w)). Ours are a plain array, whose rows are the present classes: None.
 
-    Others': IRN's and CLIP-ES's dict of `keys` and maps, PSA's (and WeakTr's, SemPLeS's) {class: map}, FMA-WSSS's .npz of `fg_cls` and `cam`."""
+    Others', of `count` classes: IRN's and CLIP-ES's dict of `keys` and maps, PSA's (and WeakTr's, SemPLeS's) {class: map}, FMA-WSSS's .npz of `fg_cls` and `cam`."""
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return file["fg_cls"].astype(int).tolist(), file["cam"].astype(np.float32)
+        with np.load(regular(path), allow_pickle=False) as file:
+            if sum(part.file_size for part in file.zip.infolist()) > ROOM:
+                raise ValueError("it unpacks to more than any maps")
+            return classes_of(file["fg_cls"]), floats(file["cam"])
     table = read_pickled(path)
     if table is None:
-        return None, np.load(path, allow_pickle=False)
+        return None, read_npy(path)
+    if not isinstance(table, dict):
+        raise ValueError(f"it holds a {type(table).__name__}")
     if "keys" in table:
-        maps = next((table[name] for name in ("high_res", "attn_highres", "highres") if name in table), None)
-        return np.asarray(table["keys"]).astype(int).tolist(), np.asarray(maps, dtype=np.float32)
-    maps = np.stack(list(table.values())) if table else np.zeros((0, 1, 1))               # no class: no map that would say the size
-    return [int(key) for key in table], np.asarray(maps, dtype=np.float32)
+        return classes_of(table["keys"]), floats(next((table[name] for name in ("high_res", "attn_highres", "highres") if name in table), None))
+    keys, maps = [int(key) for key in table], [floats(value) for value in table.values()]
+    if len(keys) == count and sum(value.nbytes for value in maps) <= ROOM:                # before the stack: one map can be named many times
+        return keys, np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)          # no class: no map that would say the size
+    raise ValueError(f"it holds {len(keys)} maps, the picture's label has {count} classes")
+
+
+ROOM = 1 << 29                                                             # bytes of one picture's maps
+
+
+def classes_of(keys):
+    keys = np.asarray(keys if isinstance(keys, np.ndarray) or isinstance(keys, list) and all(type(key) is int for key in keys) else None)
+    if keys.dtype.kind not in "iuf" or keys.ndim != 1 or len(keys) > 254:
+        raise ValueError("its classes are not a list of numbers")
+    return keys.astype(int).tolist()
+
+
+def floats(maps):
+    if not isinstance(maps, np.ndarray) or maps.dtype.kind not in "biuf" or maps.nbytes > ROOM:
+        raise ValueError("its maps are no array of numbers")
+    return maps.astype(np.float32)
 
 
 def resize_maps(cam, size):
