@@ -248,7 +248,7 @@ def find_weights(args):
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: it comes with the repository; --train-weights makes another")
     try:
-        return [torch.load(path, weights_only=True) for path in paths]
+        return [torch.load(common.sound(path), weights_only=True) for path in paths]
     except Exception as error:                                             # zip, pickle and torch each raise their own for a foreign file
         raise ValueError(f"{args.weights} holds a file that is no checkpoint ({type(error).__name__}): take the repository's, or --train-weights") from error
 

@@ -73,6 +73,8 @@ class Folder:
             raise ValueError(f"{path} must hold one name a line, none twice")
         if "background" in names:
             raise ValueError(f"{path} lists 'background': remove it, it is label 0 of every mask and no class")
+        if odd := [name for name in names if not name.isprintable()]:
+            raise ValueError(f"{path} lists {odd[0]!r:.60}, which holds what cannot be printed: write plain letters and blanks")
         if long := [name for name in names if len(name) > 100]:
             raise ValueError(f"{path} lists a name of {len(long[0])} characters ({long[0][:20]}...): CLIP reads short names, at most 100")
         if len(names) > 254:
@@ -191,6 +193,8 @@ def read_lines(path):
 def parse_id(line, path):
     """`2007_000032`, or a pair `/JPEGImages/x.jpg /SegmentationClassAug/x.png`. An id is a file name: it cannot leave the folder."""
     text = line.strip()
+    if "/" not in text:
+        return check_id(text, path)
     first = text.split(maxsplit=1)[0]
     parts = Path(first).parts
     if "JPEGImages" in parts[:-1] and ".." not in parts and parts.index("JPEGImages") == len(parts) - 2:
@@ -218,7 +222,7 @@ def read_label_list(path, classes):
             raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one; fields are parted by tabs where a file name holds blanks")
         present = set()
         for name in filter(None, names):
-            if name not in index and not (name.isdecimal() and int(name) < len(classes)):
+            if name not in index and not (name.isdecimal() and len(name) < 4 and int(name) < len(classes)):
                 raise ValueError(f"{path}:{number}: {name!r:.100} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
                                  "blanks in names are written _, or fields are parted by tabs")
             present.add(index[name] if name in index else int(name))
@@ -623,15 +627,19 @@ def decode(file):
     """An opened picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white."""
     if file.format in ("JPEG", "MPO") and Path(file.filename).read_bytes().count(b"\xff\xda") > 100:
         raise ValueError("it has more than 100 scans")                     # each of a few bytes can cost as much as the picture
-    image = ImageOps.exif_transpose(file)                                  # reads the pixels: a truncated file ends here
+    image = file
+    ImageOps.exif_transpose(image, in_place=True)                          # reads the pixels: a truncated file ends here
     if image.mode.startswith("I"):
         values = np.asarray(image)
         top = 65535 if image.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
         table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)
         return Image.fromarray(table[values.clip(0, top)]).convert("RGB")
     if "A" in image.getbands() or "transparency" in image.info:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        shown = Image.new("RGB", image.size)
+        for top in range(0, image.height, 512):                            # by strips: several copies of a large picture would be gigabytes
+            strip = image.crop((0, top, image.width, min(top + 512, image.height))).convert("RGBA")
+            shown.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+        return shown
     return image.convert("RGB")
 
 

@@ -13,7 +13,6 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -395,8 +394,12 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
         copies, state = len(state), irn_names(state, path)
         around.append(f"{copies - len(state)} copies that agree")
     own = content.get("args")
-    known = own.get("pool") if isinstance(own, dict) else None                        # of others it is no dict
+    known = own.get("pool") if isinstance(own, dict) and own.get("pool") in ("max", "avg") else None            # of others it is no dict
     try:
+        with torch.device("meta"):                                # first without memory: the file may say any size
+            empty, _ = shaped_like(state, known or pool or "max", drop_path)
+        if empty is not None:
+            load_strictly(path, lambda state: empty.load_state_dict(state, assign=True), state)
         model, kind = shaped_like(state, known or pool or "max", drop_path)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: its tensors make no mask generator ({' '.join(str(error).split())[:200]})") from None
@@ -415,6 +418,8 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
         kind += ", of COCO's 90 ids the 80 in use"
     elif classes is not None and found != len(classes):
         raise ValueError(f"{path}: maps {found} classes, the data folder has {len(classes)}: give the --data it was trained on, or another generator")
+    if not (names is None or isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path}: its classes are no list of names: take another file")
     if classes is not None and names not in (None, list(classes)):
         other = next((n for n, pair in enumerate(zip(names, classes)) if pair[0] != pair[1]), 0)
         raise ValueError(f"{path}: trained on other classes, its class {other} is {names[other]!r}, the data folder's {classes[other]!r}: give the --data it was trained on")
@@ -438,7 +443,7 @@ def shaped_like(state, pool, drop_path):
 def what_else(state, content):
     """What a file that is no generator is, as far as its names tell."""
     if "stage" in content:
-        return f"it is of stage {content['stage']!r}: give a cls.pt, match.pt or refine.pt"
+        return f"it is of stage {content['stage']!r:.40}: give a cls.pt, match.pt or refine.pt"
     if "adaptive_attention_fusion.fc.0.weight" in state:
         return "WeakTr's first release, whose fusion had other weights: take the present one"
     if {"cls_token", "head.weight"} <= state.keys() or {"fc.weight", "layer4.0.conv1.weight"} <= state.keys() or "trunk.0.weight" in state:
@@ -483,6 +488,10 @@ def state_of(content, path):
         state = {name.removeprefix("module."): value for name, value in state.items()}
         around.append("module. before every name")
     for name, value in state.items():
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise ValueError(f"{path}: {name} is no plain tensor of real numbers: take another file")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes() or value.numel() == 0:
+            raise ValueError(f"{path}: {name} says {tuple(value.shape)}, its file holds other numbers: it is damaged, or made to unpack without end"[:400])
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: its training broke down or the file is damaged; take another one")
     return state, around
@@ -508,10 +517,18 @@ def read(path):
         raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason(error)})") from None
 
 
-# The public trainers keep their arguments, a Namespace, and their mIoU, a number of numpy's, beside the weights. Neither can run code.
-SCALAR = np.float64(0).__reduce__()[0]
-PLAIN = [Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
-         *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+class Left:
+    """Stands for numpy's numbers, which are left out: its own dtype and scalar would take bytes for addresses."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# The public trainers keep their arguments, a Namespace, and their mIoU, a number of numpy's, beside the weights.
+PLAIN = [Namespace, *((Left, name) for name in ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"))]
 
 
 def reason(error):
