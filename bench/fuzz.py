@@ -504,7 +504,7 @@ def read_state(path):
 
 
 def read_cache(path):
-    x, attention, grid = gradcam.stored_inputs(path.parent, ["a_1"], None, common.sound)
+    x, attention, grid = gradcam.stored_inputs(path.parent, ["a_1"], lambda: data.regular(path), common.sound)
     return finite([x, attention]) and x.shape[1] == 1 + grid[0] * grid[1]
 
 

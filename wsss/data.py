@@ -599,9 +599,9 @@ def prompt_texts(folder, prompt="ensemble", template=None):
 def header(path, formats=FORMATS):
     """A picture of which the header is read, and its pixels are not yet."""
     image = Image.open(regular(path), formats=formats)
-    if image.width * image.height > PIXELS:
+    if image.width * image.height > PIXELS or max(image.size) > 65_535:    # a row costs memory, too
         image.close()
-        raise ValueError(f"{image.width}x{image.height} are more than {PIXELS:,} pixels: make it smaller")
+        raise ValueError(f"{image.width}x{image.height} are more than {PIXELS:,} pixels, or a side of more than 65,535: make it smaller")
     return image
 
 

@@ -399,7 +399,7 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
         with torch.device("meta"):                                # first without memory: the file may say any size
             empty, _ = shaped_like(state, known or pool or "max", drop_path)
         if empty is not None:
-            load_strictly(path, lambda state: empty.load_state_dict(state, assign=True), state)
+            load_strictly(path, lambda state: empty.load_state_dict(dict(state), assign=True), state)
         model, kind = shaped_like(state, known or pool or "max", drop_path)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: its tensors make no mask generator ({' '.join(str(error).split())[:200]})") from None
@@ -422,7 +422,7 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
         raise ValueError(f"{path}: its classes are no list of names: take another file")
     if classes is not None and names not in (None, list(classes)):
         other = next((n for n, pair in enumerate(zip(names, classes)) if pair[0] != pair[1]), 0)
-        raise ValueError(f"{path}: trained on other classes, its class {other} is {names[other]!r}, the data folder's {classes[other]!r}: give the --data it was trained on")
+        raise ValueError(f"{path}: trained on other classes, its class {other} is {names[other]!r:.60}, the data folder's {classes[other]!r:.60}: give the --data it was trained on")
     if "stage" not in content:
         said(path, f"{kind}, {found} classes", around)
     return model

@@ -391,7 +391,7 @@ def load_segmenter(path, encode=None):
     if "prototypes" in state:
         try:
             with torch.device("meta"):                            # first without memory: the file may say any size
-                load_strictly(path, lambda state: decoder_like(state, classes, encode).load_state_dict(state, assign=True), state)
+                load_strictly(path, lambda state: decoder_like(state, classes, encode).load_state_dict(dict(state), assign=True), state)
             model = decoder_like(state, classes, encode)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: its tensors make no decoder ({' '.join(str(error).split())[:200]})") from None

@@ -192,5 +192,7 @@ def checked(mask, size, *facts):
 
 
 def same_size(found, size):
-    if len(found) > 3 or tuple(found) != tuple(size):
+    if len(found) > 3 or not all(isinstance(n, (int, np.integer)) for n in found):
+        raise ValueError("its size is no pair of numbers")
+    if tuple(found) != tuple(size):
         raise ValueError(f"of {found[1]}x{found[0]} pixels, its picture has {size[1]}x{size[0]}" if len(found) == 2 else f"of shape {tuple(found)}"[:60])
