@@ -688,8 +688,9 @@ def serve(jobs, seed, folder):
     torch.set_num_threads(1)
     watch, out = Watch(), os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                                 # what readers print goes elsewhere
+    kept = {}
     for name, first, last in jobs:
-        cases = Cases(name, seed)
+        cases = kept[name] = kept.get(name) or Cases(name, seed)
         for number in range(first, last):
             with tempfile.TemporaryDirectory(dir=folder) as place:
                 inner = Path(place) / "in"
@@ -708,20 +709,22 @@ def judge(jobs, seed, folder):
     while jobs:
         child = subprocess.Popen([sys.executable, __file__, "--serve", json.dumps(jobs), "--seed", str(seed), "--out", str(folder)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
                                  env={**os.environ, "OMP_NUM_THREADS": "1", "HOME": str(folder)}, text=True, start_new_session=True)
-        begun, stalled, now = [time.time() + 300], [], (*jobs[0][:2],)                    # the first may wait for imports
+        begun, stalled, row = [time.time() + 300], [], None                               # the first may wait for imports
         threading.Thread(target=end_stalled, args=(child, begun, stalled), daemon=True).start()
         for line in child.stdout:
             row, begun[0] = json.loads(line), time.time()
-            now = row[0], row[1] + (len(row) > 2)                 # what comes next
             if len(row) > 2:
                 found.append(tuple(row))
-        place = next(n for n, job in enumerate(jobs) if job[0] == now[0])
-        if child.wait():
-            found.append((*now, "hung" if stalled else "crashed", f"exit status {child.returncode}"))
-            now = now[0], now[1] + 1
-        jobs = [job for job in [(*now, jobs[place][2]), *jobs[place + 1:]] if job[1] < job[2]]
         if canary.read_text() != "nobody reads this" or len(list(canary.parent.iterdir())) != 1:
-            found.append((*now, "escaped", "the folder outside was changed"))
+            found.append((*row[:2], "escaped", "the folder outside was changed"))
+        if child.wait() == 0:
+            break
+        if row is None:
+            raise RuntimeError(f"the process of {jobs[0]} did not start")
+        if len(row) == 2:
+            found.append((*row, "hung" if stalled else "crashed", f"exit status {child.returncode}"))
+        place = next(n for n, (name, first, last) in enumerate(jobs) if name == row[0] and first <= row[1] < last)
+        jobs = [job for job in ((row[0], row[1] + 1, jobs[place][2]), *jobs[place + 1:]) if job[1] < job[2]]
     return found
 
 

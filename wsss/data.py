@@ -774,7 +774,7 @@ def load_cam(path, labels, size=None):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run make_cam.py first (README.md has the order)")
     try:
-        keys, cam = read_maps(path, len(classes))
+        keys, cam = read_maps(path)
     except Exception as error:                                             # numpy's header parser, zip and memory each raise their own
         raise ValueError(f"{path} is not a plain .npy array ({why(error)}): remove it and run make_cam.py again") from None
     if not isinstance(cam, np.ndarray) or cam.dtype.kind != "f" or cam.ndim != 3 or 0 in cam.shape[1:]:
@@ -801,10 +801,10 @@ def cam_path(path):
     return path if path.exists() or not path.with_suffix(".npz").exists() else path.with_suffix(".npz")
 
 
-def read_maps(path, count):
+def read_maps(path):
     """-> (classes of the rows, maps (P, h, w)). Ours are a plain array, whose rows are the present classes: None.
 
-    Others', of `count` classes: IRN's and CLIP-ES's dict of `keys` and maps, PSA's (and WeakTr's, SemPLeS's) {class: map}, FMA-WSSS's .npz of `fg_cls` and `cam`."""
+    Others': IRN's and CLIP-ES's dict of `keys` and maps, PSA's (and WeakTr's, SemPLeS's) {class: map}, FMA-WSSS's .npz of `fg_cls` and `cam`."""
     if path.suffix == ".npz":
         with np.load(regular(path), allow_pickle=False) as file:
             if sum(part.file_size for part in file.zip.infolist()) > ROOM:
@@ -817,10 +817,12 @@ def read_maps(path, count):
         raise ValueError(f"it holds a {type(table).__name__}")
     if "keys" in table:
         return classes_of(table["keys"]), floats(next((table[name] for name in ("high_res", "attn_highres", "highres") if name in table), None))
+    if len(table) > 254:
+        raise ValueError(f"it holds {len(table):,} maps")
     keys, maps = [int(key) for key in table], [floats(value) for value in table.values()]
-    if len(keys) == count and sum(value.nbytes for value in maps) <= ROOM:                # before the stack: one map can be named many times
-        return keys, np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)          # no class: no map that would say the size
-    raise ValueError(f"it holds {len(keys)} maps, the picture's label has {count} classes")
+    if sum(value.nbytes for value in maps) > ROOM:                                        # before the stack: one map can be named many times
+        raise ValueError("its maps are larger than any")
+    return keys, np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)              # no class: no map that would say the size
 
 
 ROOM = 1 << 29                                                             # bytes of one picture's maps

@@ -397,14 +397,13 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
     known = own.get("pool") if isinstance(own, dict) and own.get("pool") in ("max", "avg") else None            # of others it is no dict
     try:
         with torch.device("meta"):                                # first without memory: the file may say any size
-            empty, _ = shaped_like(state, known or pool or "max", drop_path)
-        if empty is not None:
-            load_strictly(path, lambda state: empty.load_state_dict(dict(state), assign=True), state)
-        model, kind = shaped_like(state, known or pool or "max", drop_path)
+            empty, kind = shaped_like(state, known or pool or "max", drop_path)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: its tensors make no mask generator ({' '.join(str(error).split())[:200]})") from None
-    if model is None:
+    if empty is None:
         raise ValueError(f"{path}: not a mask generator ({what_else(state, content)})")
+    load_strictly(path, lambda state: empty.load_state_dict(dict(state), assign=True), state)
+    model, _ = shaped_like(state, known or pool or "max", drop_path)
     load_strictly(path, model.load_state_dict, state)
     if model.pool and known and pool not in (None, known):
         raise ValueError(f"{path}: trained with --pool {known}: leave --pool {pool} out, or train it again with that")
