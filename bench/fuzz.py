@@ -66,7 +66,7 @@ def doubled(kind, depth=60):
     return value
 
 
-def nested(depth=2_000_000, key=True):
+def nested(depth=300_000, key=True):
     """The words of a tuple in a tuple in a tuple, as a key of a dict."""
     return b"\x80\x04}N" + b"\x85" * depth + (b"K\x01s." if key else b".")
 
@@ -219,7 +219,7 @@ def archives(valid):
         return zipped([*parts[:program], (parts[program][0], words), *parts[program + 1:], *more], deflate)
 
     word = b"X\x06\0\0\0weight"
-    for words in (nested(), nested(2_000_000, False), b"\x80\x02}(" + b"K\x01" * 2_000_000 + b"u.", pickle.dumps(doubled(tuple), 2), keyed(2),
+    for words in (nested(), nested(200_000, False), b"\x80\x02}(" + b"K\x01" * 2_000_000 + b"u.", pickle.dumps(doubled(tuple), 2), keyed(2),
                   pickle.dumps({"stage": "match", "args": {"lr": doubled(list)}, "classes": doubled(list)}, 2), pickle.dumps(Call(os.mkdir, ("bombed",)), 2),
                   pickle.dumps(Call(bytearray, (10 ** 12,)), 2), pickle.dumps(Call(set, (Call(bytearray, (10 ** 10,)),)), 2), b"\x80\x02ctorch\nTensor\nJ\0\0\1\0J\0\0\1\0\x86R.",
                   pickle.dumps([1, 2], 2), pickle.dumps({"stage": ["x"], "classes": 5, "args": []}, 2), b"", b"\x80\x02.", b"\x80\x02]r\xff\xff\xff\xff.",
@@ -659,7 +659,7 @@ def peak():
 
 
 def verdict(reader, path, watch):
-    """-> (verdict, what was said)."""
+    """-> (verdict, what was said, seconds of the processor, bytes that memory grew by)."""
     peak()
     begin, before = time.process_time(), int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     watch.folder, watch.seen = path.parent, []
@@ -675,10 +675,10 @@ def verdict(reader, path, watch):
     watch.folder, seconds = None, time.process_time() - begin
     grown = peak() - before
     if watch.seen:
-        return "escaped", "; ".join(watch.seen)
-    if seconds > SECONDS:
-        return "hung", f"{seconds:.1f} s; {said}"
-    return ("memory", f"{grown >> 20} MB; {said}") if grown > MEMORY else (found, said)
+        found, said = "escaped", "; ".join(watch.seen)
+    elif seconds > SECONDS or grown > MEMORY:
+        found, said = "hung" if seconds > SECONDS else "memory", f"{seconds:.1f} s, {grown >> 20} MB; {said}"
+    return found, said, seconds, grown
 
 
 def serve(jobs, seed, folder):
@@ -703,7 +703,7 @@ def serve(jobs, seed, folder):
 
 
 def judge(jobs, seed, folder):
-    """[(reader, first, last)] -> [(reader, number, verdict, text)]; a process that dies or stalls is started again after the case that did it."""
+    """[(reader, first, last)] -> [(reader, number, verdict, text, seconds, bytes)]; a process that dies or stalls is started again after the case that did it."""
     found, canary = [], folder / "outside" / "canary"
     canary.parent.mkdir(exist_ok=True), canary.write_text("nobody reads this")
     while jobs:
@@ -716,13 +716,13 @@ def judge(jobs, seed, folder):
             if len(row) > 2:
                 found.append(tuple(row))
         if canary.read_text() != "nobody reads this" or len(list(canary.parent.iterdir())) != 1:
-            found.append((*row[:2], "escaped", "the folder outside was changed"))
+            found.append((*row[:2], "escaped", "the folder outside was changed", 0, 0))
         if child.wait() == 0:
             break
         if row is None:
             raise RuntimeError(f"the process of {jobs[0]} did not start")
         if len(row) == 2:
-            found.append((*row, "hung" if stalled else "crashed", f"exit status {child.returncode}"))
+            found.append((*row, "hung" if stalled else "crashed", f"exit status {child.returncode}", 0, 0))
         place = next(n for n, (name, first, last) in enumerate(jobs) if name == row[0] and first <= row[1] < last)
         jobs = [job for job in ((row[0], row[1] + 1, jobs[place][2]), *jobs[place + 1:]) if job[1] < job[2]]
     return found
@@ -730,18 +730,18 @@ def judge(jobs, seed, folder):
 
 def end_stalled(child, begun, stalled):
     while child.poll() is None:
-        if time.time() > begun[0] + 12 * SECONDS:                 # of the clock: others may be at work here; a case's own time is of the processor
+        if time.time() > begun[0] + 24 * SECONDS:                 # of the clock: others may be at work here; a case's own time is of the processor
             stalled.append(True), os.killpg(child.pid, signal.SIGKILL)
         time.sleep(0.2)
 
 
-def table(rows):
-    lines = ["| reader | cases | " + " | ".join(VERDICTS) + " |", "|" + "---|" * (2 + len(VERDICTS))]
-    total = collections.Counter()
-    for name, counts in rows.items():
-        total += counts
-        lines.append(f"| {name} | {sum(counts.values())} | " + " | ".join(str(counts[v]) for v in VERDICTS) + " |")
-    return "\n".join([*lines, f"| all | {sum(total.values())} | " + " | ".join(str(total[v]) for v in VERDICTS) + " |"])
+def table(found):
+    lines = ["| reader | cases | " + " | ".join(VERDICTS) + " | at most, s | at most, MB |", "|" + "---|" * (4 + len(VERDICTS))]
+    for name in [*dict.fromkeys(row[0] for row in found), "all"]:
+        rows = [row for row in found if name in (row[0], "all")]
+        counts = collections.Counter(row[2] for row in rows)
+        lines.append(f"| {name} | {len(rows)} | " + " | ".join(str(counts[v]) for v in VERDICTS) + f" | {max(row[4] for row in rows):.1f} | {max(row[5] for row in rows) >> 20} |")
+    return "\n".join(lines)
 
 
 def parse(argv=None):
@@ -763,21 +763,21 @@ def main():
     names = args.readers or list(readers())
     shares = [args.cases // len(names) + (n < args.cases % len(names)) for n in range(len(names))]
     jobs = [(name, 0, count) if args.only is None else (name, args.only, args.only + 1) for name, count in zip(names, shares)]
-    rows, failures = {name: collections.Counter() for name in names}, 0
+    failures = 0
     with tempfile.TemporaryDirectory() as folder:
-        for name, number, what, text in judge(jobs, args.seed, Path(folder)):
-            rows[name][what] += 1
-            if what not in ("accepted", "refused") or args.only is not None:
-                failures += what not in ("accepted", "refused")
-                print(f"{name} {number} (seed {args.seed}): {what}: {text}", flush=True)
-                if args.out and (number == 0 or number > 4):
-                    args.out.mkdir(parents=True, exist_ok=True)
-                    (args.out / f"{name.replace(', ', '_')}_{number}").write_bytes(Cases(name, args.seed).content(number))
-    print(table(rows))
+        found = judge(jobs, args.seed, Path(folder))
+    for name, number, what, text, *_ in found:
+        if what not in ("accepted", "refused") or args.only is not None:
+            failures += what not in ("accepted", "refused")
+            print(f"{name} {number} (seed {args.seed}): {what}: {text}", flush=True)
+            if args.out and (number == 0 or number > 4):
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / f"{name.replace(', ', '_')}_{number}").write_bytes(Cases(name, args.seed).content(number))
+    print(table(found))
     if args.write:
         sys.path.append(str(ROOT / "bench"))
         import ablation
-        ablation.write("bench/fuzz.py", table(rows))
+        ablation.write("bench/fuzz.py", table(found))
     sys.exit(1 if failures else 0)
 
 

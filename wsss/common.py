@@ -406,7 +406,7 @@ def read_json(path):
 ASKED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|_codecs encode|argparse Namespace|"
                    r"numpy dtype|numpy\.(_core|core)\.multiarray scalar|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
 BYTES = dict(Float=4, Double=8, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
-WORDS = 1_000_000                                             # of a checkpoint's pickle: 25 a tensor
+WORDS = 400_000                                               # of a checkpoint's pickle: 25 a tensor
 
 
 def sound(path):

@@ -385,7 +385,7 @@ class Restricted:
     for core in ("numpy.core", "numpy._core"):
         makes |= {(f"{core}.multiarray", "_reconstruct"): Maker(Array), (f"{core}.multiarray", "scalar"): Maker(number),
                   (f"{core}.numeric", "_frombuffer"): Maker(of_buffer)}
-    words = 8_000_000                                                      # of COCO's labels it takes 3 million
+    words = 4_000_000                                                      # of COCO's labels it takes 3 million
     unchanged = ()                                                         # what is made plain, its attributes left out
 
     def __init__(self, file):
@@ -410,8 +410,11 @@ class Restricted:
 
     def load(self):
         read, stack, marks, memo = self.read, [], [], {}
+        next_word = self.file.read
         for _ in range(self.words):
-            word = read(1)
+            word = next_word(1)
+            if not word:
+                raise ValueError("it is torn")
             if word in COUNTED:
                 width, value = COUNTED[word]
                 stack.append(value(read(int.from_bytes(read(width), "little"))))
@@ -420,6 +423,8 @@ class Restricted:
                 stack.append(value(read(width)))
             elif word in PLAIN:
                 stack.append(PLAIN[word]())
+            elif word in TUPLES:
+                stack[-TUPLES[word]:] = [tuple(stack[-TUPLES[word]:])]
             elif word == b"\x94":
                 memo[len(memo)] = stack[-1]
             elif word in MEMO:
@@ -437,8 +442,6 @@ class Restricted:
                 stack.append(tuple(items)) if word == b"t" else self.fill(stack[-1], items, dict if word == b"u" else list)
             elif word == b"s":
                 self.fill(stack[-3], [stack[-2], stack.pop()], dict), stack.pop()
-            elif word in TUPLES:
-                stack[-TUPLES[word]:] = [tuple(stack[-TUPLES[word]:])]
             elif word in b"R\x81":
                 args, what = stack.pop(), stack.pop()
                 stack.append(self.call(what, args))
