@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from wsss import common, data
+from wsss import common, data, generator, mask2former
 
 sys.path.append(str(ROOT / "bench"))
 import fuzz  # noqa: E402
@@ -98,3 +98,30 @@ def test_transparency_over_many_strips(tmp_path):
     image.save(tmp_path / "a.png")
     whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
     assert np.array_equal(np.asarray(data.load_image(tmp_path / "a.png")), np.asarray(whole))
+
+
+# ---------------------------------------------------------------- other parts
+
+@pytest.mark.parametrize("config", [{"backbone": "x"}, {"a": [{"use_timm_backbone": True}]}, {"hidden_dim": 10 ** 9}, fuzz.doubled(list)])
+def test_a_configuration_that_downloads_or_is_huge_is_refused(config):
+    mask2former.tame({"hidden_dim": 256, "backbone": None, "backbone_config": {"depths": [2, 2, 18, 2]}}, "seg.pt")
+    with pytest.raises(ValueError, match="seg.pt: its configuration"):
+        mask2former.tame(config, "seg.pt")
+
+
+def test_a_loaded_generator_owns_its_weights(tmp_path):
+    """The first network, without memory, leaves nothing in the state that the second reads: float64 weights become float32."""
+    torch.manual_seed(0)
+    state = generator.build_generator("deit_tiny", 3).state_dict()
+    double = type(state)((name, value.double()) for name, value in state.items())
+    double._metadata = state._metadata                            # as state_dict() gives it
+    torch.save({"model": double}, tmp_path / "a.pt")
+    before = torch.get_rng_state()
+    loaded = generator.load_generator(tmp_path / "a.pt").state_dict()
+    assert all(loaded[name].dtype == torch.float32 and torch.equal(loaded[name], value) for name, value in state.items())
+    torch.set_rng_state(before)
+    generator.build_generator("deit_tiny", 3)
+    drawn = torch.rand(1)
+    torch.set_rng_state(before)
+    generator.load_generator(tmp_path / "a.pt")
+    assert torch.equal(torch.rand(1), drawn)                      # and draws no number more than building one did
