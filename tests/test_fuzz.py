@@ -125,3 +125,13 @@ def test_a_loaded_generator_owns_its_weights(tmp_path):
     torch.set_rng_state(before)
     generator.load_generator(tmp_path / "a.pt")
     assert torch.equal(torch.rand(1), drawn)                      # and draws no number more than building one did
+
+
+def test_metadata_of_a_file_is_not_obeyed(tmp_path):
+    torch.manual_seed(0)
+    state = generator.build_generator("deit_tiny", 3).state_dict()
+    double = type(state)((name, value.double()) for name, value in state.items())
+    double._metadata = {name: {**facts, "assign_to_params_buffers": True} for name, facts in state._metadata.items()}
+    torch.save({"model": double}, tmp_path / "a.pt")
+    assert torch.load(tmp_path / "a.pt", weights_only=True)["model"]._metadata == double._metadata
+    assert {value.dtype for value in generator.load_generator(common.sound(tmp_path / "a.pt")).state_dict().values()} == {torch.float32}

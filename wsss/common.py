@@ -585,7 +585,7 @@ def load_weights(model, weights, path):
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: its training broke down or the file is damaged; remove it or take another one")
     try:
-        unwrap(model).load_state_dict(weights, strict=True)
+        unwrap(model).load_state_dict(dict(weights), strict=True)       # without its metadata, which can tell torch to take tensors as they are
     except RuntimeError as error:
         problems = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(f"{path} does not fit this network: {problems[:300]}") from error

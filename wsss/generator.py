@@ -402,7 +402,7 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
         raise ValueError(f"{path}: its tensors make no mask generator ({' '.join(str(error).split())[:200]})") from None
     if empty is None:
         raise ValueError(f"{path}: not a mask generator ({what_else(state, content)})")
-    load_strictly(path, lambda state: empty.load_state_dict(dict(state), assign=True), state)
+    load_strictly(path, lambda state: empty.load_state_dict(state, assign=True), state)
     model, _ = shaped_like(state, known or pool or "max", drop_path)
     load_strictly(path, model.load_state_dict, state)
     if model.pool and known and pool not in (None, known):
@@ -480,6 +480,7 @@ def state_of(content, path):
     state = content[wrapper] if wrapper else content
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model' or 'state_dict'")
+    state = dict(state)                                           # without its metadata, which can tell load_state_dict to take tensors as they are
     around = [f"{wrapper!r} around it"] if wrapper else []
     if wrapper and len(content) > 1:
         around.append(f"{', '.join(str(name) for name in content if name != wrapper)} beside it")

@@ -181,6 +181,6 @@ def plain(config):
 def load_strictly(path, model, state):
     """Every name and shape must fit, and the first that does not is named."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(dict(state))                        # without its metadata, which can tell torch to take tensors as they are
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None

@@ -391,7 +391,7 @@ def load_segmenter(path, encode=None):
     if "prototypes" in state:
         try:
             with torch.device("meta"):                            # first without memory: the file may say any size
-                load_strictly(path, lambda state: decoder_like(state, classes, encode).load_state_dict(dict(state), assign=True), state)
+                load_strictly(path, lambda state: decoder_like(state, classes, encode).load_state_dict(state, assign=True), state)
             model = decoder_like(state, classes, encode)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
             raise ValueError(f"{path}: its tensors make no decoder ({' '.join(str(error).split())[:200]})") from None
@@ -430,6 +430,7 @@ def state_of(content, path):
     state = content[wrapper] if wrapper else content
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model' or 'state_dict'")
+    state = dict(state)                                           # without its metadata, which can tell load_state_dict to take tensors as they are
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     for name, value in state.items():
