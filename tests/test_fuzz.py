@@ -135,3 +135,9 @@ def test_metadata_of_a_file_is_not_obeyed(tmp_path):
     torch.save({"model": double}, tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt", weights_only=True)["model"]._metadata == double._metadata
     assert {value.dtype for value in generator.load_generator(common.sound(tmp_path / "a.pt")).state_dict().values()} == {torch.float32}
+
+
+def test_maps_beyond_float32_are_refused(tmp_path):
+    np.save(tmp_path / "a.npy", np.full((1, 2, 3), 1e300))
+    with pytest.raises(ValueError, match="a.npy holds NaN or infinity"):
+        data.load_cam(tmp_path / "a.npy", [1, 0])

@@ -786,6 +786,8 @@ def load_cam(path, labels, size=None):
         raise ValueError(f"{path} holds {len(cam)} maps of the classes {sorted(keys)}, the picture's label has {classes.tolist()}: is it of another data set, or counted from 1?")
     if len(cam) != len(classes):
         raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
+    with np.errstate(over="ignore"):                                       # 1e300 is infinity from here on
+        cam = cam.astype(np.float32)
     if not np.isfinite(cam).all():
         raise ValueError(f"{path} holds NaN or infinity: remove it and run make_cam.py again")
     if keys is not None:
@@ -795,7 +797,7 @@ def load_cam(path, labels, size=None):
     h, w = cam.shape[1:]
     if size is not None and (h > size[0] or w > size[1] or abs(h * size[1] - w * size[0]) >= max(size)):      # both sides rounded alike, by less than a cell
         raise ValueError(f"{path}: maps of {w}x{h} do not fit their picture of {size[1]}x{size[0]}: run make_cam.py again")
-    return classes, cam.astype(np.float32)
+    return classes, cam
 
 
 def cam_path(path):
@@ -841,7 +843,8 @@ def classes_of(keys):
 def floats(maps):
     if not isinstance(maps, np.ndarray) or maps.dtype.kind not in "biuf" or maps.nbytes > ROOM:
         raise ValueError("its maps are no array of numbers")
-    return maps.astype(np.float32)
+    with np.errstate(over="ignore"):
+        return maps.astype(np.float32)
 
 
 def resize_maps(cam, size):
