@@ -547,6 +547,8 @@ def read_tensors(path, map_location="cpu"):
         return torch.load(sound(path), map_location=map_location, weights_only=True)
     except Exception as error:                                # zip, pickle and torch each raise their own for a foreign file
         why = str(error).partition("(")[2].rpartition(")")[0] if type(error) is ValueError else reason(error)
+        if path.name.endswith(".last.pt"):
+            raise ValueError(f"{path} is damaged ({why}): remove it, the stage then starts again") from None
         raise ValueError(f"{path} is not a checkpoint of this project ({why}): remove it and run {MADE_BY.get(path.name, 'its stage')} again") from None
 
 
