@@ -6,7 +6,7 @@ that leave the folder, entities, pipes. Every reader meets its cases in a proces
 write, call of the system and connection, and a file outside that nobody may read. A reader may give a value that passes its own checks, or a
 ValueError or OSError of one line that names the file. Anything else is a failure, and so are more than 5 seconds or 1 GB.
 
-    python bench/fuzz.py --write                                 # 2,400 cases, all readers
+    python bench/fuzz.py --write                                 # 3,600 cases, all readers: 3 minutes
     python bench/fuzz.py --cases 20000 --seed 7 --readers picture "map"
 
 A failure is shown with its seed and number; `--readers NAME --only NUMBER` repeats it and leaves the file in --out.
@@ -746,7 +746,7 @@ def table(found):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--cases", type=int, default=2400, help="over all readers together; those that are built to hurt come first")
+    p.add_argument("--cases", type=int, default=3600, help="over all readers together; those that are built to hurt come first")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--readers", nargs="+", help="some of them")
     p.add_argument("--only", type=int, help="this case alone")
