@@ -403,7 +403,7 @@ def read_json(path):
 # ---------------------------------------------------------------- checkpoints
 
 # torch.load(weights_only=True) runs no code, but takes a file's word for how much there is. `sound` asks first, for files of ours and for others'.
-ASKED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|collections OrderedDict|_codecs encode|argparse Namespace|"
+ASKED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|collections (OrderedDict|Counter)|torch (Size|device)|_codecs encode|argparse Namespace|"
                    r"numpy dtype|numpy\.(_core|core)\.multiarray scalar|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
 BYTES = dict(Float=4, Double=8, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
 WORDS = 400_000                                               # of a checkpoint's pickle: 25 a tensor
@@ -469,7 +469,7 @@ def read_claims(file, size):
             what, args = (value for value, _ in parts)
             total += room_of(what, args)
         stack += [made] * len(word.stack_after)
-        if made[1] > 10_000 or count > WORDS or total > 16 * size:
+        if made[1] > 2_000 or count > WORDS or total > 16 * size:
             raise ValueError("it nests, or repeats, without end")
     return claims
 
