@@ -205,6 +205,7 @@ def load_network(args, env):
     if content["args"]["model"] != "clip_decoder":
         return segmenter.load_segmenter(path).to(env.device)
     name = args.clip or content["args"]["clip"]
+    common.inputs(clip=name)                                               # must be sound
     clip = env.in_turn(lambda: clip_model.load_clip(name, env.device))
     if clip.fingerprint() != content["clip"]:
         raise ValueError(f"{path} was trained on another CLIP than {name}: give its name or file with --clip")

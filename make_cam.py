@@ -101,7 +101,9 @@ def export(args, id, classes, cam, size):
 def open_generator(args, folder, env):
     """-> (maps(images, b, k, ids) -> (P, h, w) raw maps of the pairs, fingerprint of the weights)"""
     path = args.init or args.out / f"{args.source}.pt"
-    if not args.init:
+    if args.init:
+        common.inputs(init=path)                                           # must be sound
+    else:
         common.load(path, args.source, folder.classes)
     S = generator.load_generator(path, args.pool, folder.classes).to(env.device).eval()
     args.pool = S.pool
@@ -121,7 +123,7 @@ def open_clip(args, folder, env):
 
     def maps(images, b, k, ids):
         look = lambda: gradcam.last_inputs(clip, images, size=gradcam.within(images.shape[-2:], args.max_side))
-        seen = gradcam.stored_inputs(args.out / "cache", ids, look) if args.cache else look()
+        seen = gradcam.stored_inputs(args.out / "cache", ids, look, common.sound) if args.cache else look()
         x, attention, grid = (part.to(env.device) if torch.is_tensor(part) else part for part in seen)
         return gradcam.class_maps(clip, x, attention, grid, columns, len(folder.classes), b, k, 1 / tau, box)
 

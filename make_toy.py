@@ -258,7 +258,7 @@ def find_weights(args):
         if sums.exists() and common.sha256(path) not in sums.read_text():
             raise ValueError(f"{path}: its SHA-256 is not in {sums}: take the repository's, or --train-weights")
     try:
-        return [torch.load(path, weights_only=True) for path in paths]
+        return [torch.load(common.sound(path), weights_only=True) for path in paths]
     except Exception as error:                                             # zip, pickle and torch each raise their own for a foreign file
         raise ValueError(f"{args.weights} holds a file that is no checkpoint ({type(error).__name__}): take the repository's, or --train-weights") from error
 

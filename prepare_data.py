@@ -23,7 +23,9 @@ import argparse
 import json
 import os
 import shutil
+import struct
 import sys
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -136,14 +138,32 @@ def compare(found, partial):
     print(f"{', '.join(f'{count:,} {name}' for name, count in found.items())}{': not the whole of VOC and SBD' if wrong else ''}")
 
 
+def bounded(content, depth=0):
+    """Refuses the elements of a .mat that scipy would follow down its stack, or unpack, without end."""
+    at = 0
+    while at + 8 <= len(content):
+        kind, size = struct.unpack_from("<II", content, at)
+        part = content[at + 8:at + 8 + size]
+        if kind == 15:                                                      # compressed
+            unpacker = zlib.decompressobj()
+            part = memoryview(unpacker.decompress(part, 1 << 24))
+            if unpacker.unconsumed_tail:
+                raise ValueError("it unpacks to more than a mask")
+        if kind in (14, 15):                                                # 14: a matrix; its class is in byte 8
+            if depth > 6 or kind == 14 and part[8] not in (1, 2, *range(4, 16)):
+                raise ValueError("it nests without end, or holds what is no matrix")
+            bounded(part, depth + 1)
+        at += 8 if kind >> 16 else 8 + size + (-size % 8 if kind < 14 else 0)         # up to 4 bytes lie in the element's head
+
+
 def read_sbd(path):
     """SBD's .mat -> (H, W) uint8: 0 background, 1..20."""
     import scipy.io                                                         # optional; voc() has said so when it is missing
     try:
+        bounded(memoryview(data.regular(path, 1 << 22).read_bytes())[128:])
         mask = np.asarray(scipy.io.loadmat(path)["GTcls"]["Segmentation"][0, 0])
     except Exception as error:                                              # scipy raises its own and whatever the bytes provoke
-        reason = (str(error).splitlines() or [""])[0]
-        raise ValueError(f"{path} is not a class mask of SBD ({type(error).__name__}: {reason}): unpack benchmark.tgz again") from None
+        raise ValueError(f"{path} is not a class mask of SBD ({type(error).__name__}: {data.why(error)}): unpack benchmark.tgz again") from None
     if mask.ndim != 2 or mask.dtype.kind not in "uif" or not np.isin(mask, range(21)).all():
         raise ValueError(f"{path} is not a class mask of SBD: (H, W) with 0..20 is expected; unpack benchmark.tgz again")
     return mask.astype(np.uint8)
@@ -195,14 +215,17 @@ def read_instances(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: --coco holds annotations/ (annotations_trainval2014.zip), train2014/ and val2014/")
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(data.regular(path, 1 << 30).read_bytes())
         names = {c["name"]: data.COCO_CLASSES[COCO_INDEX[c["id"]]] for c in content["categories"]}
         objects = defaultdict(list)
         for a in content["annotations"]:
             objects[a["image_id"]].append((COCO_INDEX[a["category_id"]], a["segmentation"], bool(a.get("iscrowd"))))
         images = [(Path(i["file_name"]).name, (i["height"], i["width"]), objects[i["id"]]) for i in content["images"] if i["id"] in objects]
-    except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{path} is not COCO's instances file ({type(error).__name__}: {error}): "
+        for name, (height, width), _ in images:
+            if Path(name).suffix not in data.PICTURES or type(height) is not int or type(width) is not int or min(height, width) < 1 or height * width > data.PIXELS:
+                raise ValueError(f"{name:.60} of {width!r:.20} x {height!r:.20} pixels is no picture")
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not COCO's instances file ({type(error).__name__}: {data.why(error)}): "
                          "unpack annotations_trainval2014.zip again") from None
     other = [f"{name} (here {ours})" for name, ours in names.items() if name != ours]
     if other:
@@ -217,8 +240,12 @@ def decode(segmentation, shape):
         segmentation = [p for p in segmentation if len(p) >= 6]             # four numbers would be read as a box
         if not segmentation:
             return np.zeros(shape, dtype=bool)
+        if not all(-max(shape) <= n <= 2 * max(shape) for p in segmentation for n in p):              # pycocotools walks along its edges, pixel by pixel
+            raise ValueError("a polygon lies outside the picture")
         runs = rle.merge(rle.frPyObjects(segmentation, *shape))
     else:
+        if list(segmentation["size"]) != list(shape):                       # pycocotools makes room for it
+            raise ValueError(f"run lengths are of a picture of {segmentation['size']!r:.60}, not {tuple(shape)}")
         runs = rle.frPyObjects(segmentation, *shape) if isinstance(segmentation["counts"], list) else segmentation
     mask = rle.decode(runs).astype(bool)
     if mask.shape != tuple(shape):
@@ -244,7 +271,7 @@ def write_coco(job):
     try:
         found = paint(shape, [(label, decode(s, shape)) for label, s in objects])
     except Exception as error:                                              # pycocotools raises bare Exception
-        raise ValueError(f"{source.name}: its segmentation cannot be decoded ({error}): unpack annotations_trainval2014.zip again") from None
+        raise ValueError(f"{source.name}: its segmentation cannot be decoded ({data.why(error)}): unpack annotations_trainval2014.zip again") from None
     link(source, picture, copy)
     data.save_mask(mask, found)
 
@@ -335,7 +362,7 @@ def read_labels(folder, ids, found):
     for number, line in enumerate(lines, 1):
         id, *names = [t.strip() for t in line.split("\t")] if "\t" in line else line.split() or [""]
         names = [name.replace(" ", "_") for name in names if name]
-        unknown = [name for name in names if name not in index and not (name.isdecimal() and int(name) < len(index))]
+        unknown = [name for name in names if name not in index and not (name.isdecimal() and len(name) < 4 and int(name) < len(index))]
         try:
             id and data.check_id(id, f"{path}:{number}")
         except ValueError as error:

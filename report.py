@@ -134,11 +134,11 @@ class Log:
     """<stage>.jsonl: arguments and versions, then rows; the torn last line of a killed run is left out."""
 
     def __init__(self, path, stage):
-        lines = path.read_text().splitlines()
+        lines = common.log_lines(path)
         try:
             head = json.loads(lines[0])
-            self.args, self.versions = head["args"], head["versions"]
-        except (ValueError, IndexError, KeyError, TypeError):
+            self.args, self.versions = dict(head["args"]), dict(head["versions"])
+        except (ValueError, IndexError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path} does not begin with a line of arguments: remove it and run {TRAINED[stage]} again") from None
         self.stage, self.rows = stage, [json.loads(line) for line in lines[1:] if common.whole(line)]
 
@@ -244,6 +244,7 @@ def find_clip(args, content, env):
     for name in dict.fromkeys(filter(None, [content["args"]["clip"], args.clip])):
         if known and Path(name).is_file() and common.fingerprint(name) != known:
             continue
+        common.inputs(clip=name)                                                        # must be sound
         try:
             clip = clip_model.load_clip(name, env.device)
         except FileNotFoundError:

@@ -99,7 +99,7 @@ def collect(clip, texts, folder, ids, labels, args, env):
         numbers = [mine[i] for i in batch]
         look = lambda: gradcam.last_inputs(clip, images.to(env.device, non_blocking=True), size=gradcam.within(images.shape[-2:], args.max_side))
         with env.autocast():
-            seen = gradcam.stored_inputs(args.out / "cache", [ids[n] for n in numbers], look) if args.cache else look()
+            seen = gradcam.stored_inputs(args.out / "cache", [ids[n] for n in numbers], look, common.sound) if args.cache else look()
         x, attention, grid = (part.to(env.device) if torch.is_tensor(part) else part for part in seen)
         marked = mark(clip, x, attention, grid, labels[numbers].to(env.device), texts, args)
         for n, features, classes in zip(numbers, gradcam.patch_features(clip, x, args.features), marked):
@@ -130,9 +130,11 @@ def read_features(texts, ids, labels, args, env):
     for n in env.shard(range(len(ids))):
         path = stored(args, ids[n])
         try:
-            rows = torch.from_numpy(np.load(path, allow_pickle=False)).to(texts.device)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not a plain .npy array ({error}): remove it and run vpl.py again") from None
+            rows = torch.from_numpy(data.read_npy(path)).to(texts.device)
+            if rows.dtype != torch.half or rows.shape[1:] != (texts.shape[1] + 1,) or not rows.isfinite().all() or not ((rows[:, -1] >= 0) & (rows[:, -1] <= labels.shape[1])).all():
+                raise ValueError("no features and classes")
+        except Exception as error:                                                      # numpy raises whatever a foreign file's bytes provoke
+            raise ValueError(f"{path} is not a plain .npy array ({data.why(error)}): remove it and run vpl.py again") from None
         x.append(rows[:, :-1]), marked.append(rows[:, -1].long())
         p_text.append(text_targets(x[-1], marked[-1], labels[n].to(texts.device), texts, args))
     return torch.cat(x), torch.cat(p_text), torch.bincount(torch.cat(marked), minlength=labels.shape[1] + 1)

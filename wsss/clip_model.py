@@ -55,9 +55,14 @@ def read_clip(path):
     content, kind = open_file(path)
     state, around = plain_state(content, path)
     try:
+        if len(state["positional_embedding"]) > 1024 or "visual.positional_embedding" in state and len(state["visual.positional_embedding"]) > 1 << 14:
+            raise ValueError("it reads more than 1024 tokens, or 16,384 patches")
+        with torch.device("meta"), warnings.catch_warnings():     # first without memory: the file may say any size
+            warnings.simplefilter("ignore")                       # that nothing is copied there
+            openai_clip.model.build_model(dict(state))
         model = openai_clip.model.build_model(dict(state)).float()
         model.load_state_dict(state)                              # again: build_model has rounded the weights to half precision
-    except (AssertionError, AttributeError, KeyError, RuntimeError, ValueError) as error:
+    except (ArithmeticError, AssertionError, AttributeError, IndexError, KeyError, NameError, RuntimeError, TypeError, ValueError) as error:
         problem = f"it has no {error.args[0]}" if isinstance(error, KeyError) else " ".join(str(error).split())[:400]
         raise ValueError(f"{path}: not the weights of a CLIP with OpenAI's names ({problem})") from None
     visual = model.visual
@@ -73,7 +78,7 @@ def open_file(path):
     try:
         with zipfile.ZipFile(path) as file:
             names = file.namelist()
-    except zipfile.BadZipFile:                                    # an old state dict is no zip
+    except Exception:                                             # an old state dict is no zip; a torn zip raises its own
         names = []
     if any(name.endswith("/constants.pkl") for name in names):    # TorchScript
         digest = hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -102,6 +107,10 @@ def plain_state(content, path):
     sizes = ("input_resolution", "context_length", "vocab_size")  # numbers kept in OpenAI's archives
     state = {name: value for name, value in state.items() if name not in sizes}
     for name, value in state.items():
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise ValueError(f"{path}: {name} is no plain tensor of real numbers: take another file")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes() or value.numel() == 0:
+            raise ValueError(f"{path}: {name} says {tuple(value.shape)}, its file holds other numbers: it is damaged, or made to unpack without end"[:400])
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: the file is damaged, download it again")
     return state, around
@@ -165,7 +174,10 @@ class FrozenClip(nn.Module):
     @torch.no_grad()
     def encode_text(self, texts):
         """list of str -> (len(texts), D), unit length."""
-        tokens = openai_clip.tokenize(texts).to(self.mean.device)                     # (n, 77)
+        try:
+            tokens = openai_clip.tokenize(texts).to(self.mean.device)                 # (n, 77)
+        except RuntimeError as error:
+            raise ValueError(f"{' '.join(str(error).split())[:200]}: shorten the name, or the template") from None
         eos = tokens.argmax(-1)                                                       # EOS is the largest token number
         return run_text_tower(self.model, self.model.token_embedding(tokens[:, :eos.max() + 1]), eos)
 

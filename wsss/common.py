@@ -15,7 +15,9 @@ import itertools
 import json
 import math
 import multiprocessing
+import math
 import os
+import pickletools
 import platform
 import random
 import re
@@ -25,6 +27,7 @@ import sys
 import threading
 import time
 import traceback
+import zipfile
 from concurrent import futures
 from multiprocessing import forkserver
 from pathlib import Path
@@ -555,19 +558,137 @@ def from_hub(name):
     return str(folder)
 
 
+class Found(dict):
+    """What a file holds: a name it lacks is the file's fault, not a bug."""
+
+    def __init__(self, path, content):
+        super().__init__(content)
+        self.path = path
+
+    def __missing__(self, name):
+        raise ValueError(f"{self.path} has no {name!r}: remove it and run {MADE_BY.get(Path(self.path).name, 'its stage')} again")
+
+
 def read_json(path):
+    """The object in a JSON file."""
     try:
-        return json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}): remove it and run its stage again") from None
+        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 26:
+            raise ValueError("no file, or a large one")
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict) or not isinstance(content.get("args", {}), dict):
+            raise ValueError("no object with names")
+    except (ValueError, RecursionError) as error:             # RecursionError: nested without end
+        raise ValueError(f"{path} is not JSON of ours ({str(error)[:200]}): remove it and run its stage again") from None
+    return Found(path, content)
+
+
+# ---------------------------------------------------------------- checkpoints
+
+# torch.load(weights_only=True) runs no code, but takes a file's word for how much there is. `sound` asks first, for files of ours and for others'.
+ASKED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|collections (OrderedDict|Counter)|torch (Size|device)|_codecs encode|argparse Namespace|"
+                   r"numpy dtype|numpy\.(_core|core)\.multiarray scalar|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
+BYTES = dict(Float=4, Double=8, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
+WORDS = 400_000                                               # of a checkpoint's pickle: 25 a tensor
+
+
+def sound(path):
+    """`path`, if what the checkpoint claims to hold is what its file has room for; of TorchScript nothing is said."""
+    try:
+        if not Path(path).is_file():
+            raise ValueError("it is no file but a folder, a pipe or a device")
+        size = Path(path).stat().st_size
+        with open(path, "rb") as file:
+            if file.read(4) == b"PK\3\4":                     # torch looks there, too
+                with zipfile.ZipFile(file) as parts:
+                    entries = {part.filename.lower(): part for part in parts.infolist()}
+                    if any(name.endswith("/constants.pkl") for name in entries):
+                        return path
+                    if len(entries) < len(parts.infolist()) or any(part.compress_type for part in entries.values()) or sum(part.file_size for part in entries.values()) > size:
+                        raise ValueError("its parts are compressed, or overlap: torch writes them plainly")
+                    program, = (name for name in entries if name.endswith("data.pkl"))
+                    with parts.open(entries[program]) as words:
+                        claims = read_claims(words, size)
+                    rooms = {key: entries[f"{program[:-len('data.pkl')]}data/{key}".lower()].file_size for key in claims}
+                    if any(room < claims[key] for key, room in rooms.items()):
+                        raise ValueError("a tensor in it is larger than its part of the file")
+            else:
+                file.seek(0)                                  # as torch wrote before 1.6: five pickles, then the numbers
+                if sum(sum(read_claims(file, size).values()) for _ in range(5)) > size:
+                    raise ValueError("its tensors are larger than the file")
+    except Exception as error:                                # zip and pickle each raise their own for a foreign file
+        raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason(error)}): take another file, or download it again") from None
+    return path
+
+
+def read_claims(file, size):
+    """Reads the words of one pickle of torch's without doing what they say -> {storage: bytes that its tensors need}."""
+    stack, marks, memo, claims, total = [], [], {}, {}, 0     # of the stack: (a value: text, number, tuple, else None; how many parts a tuple has, at any depth)
+    for count, (word, arg, _) in enumerate(pickletools.genops(file)):
+        name, before, args = word.name, [kind.name for kind in word.stack_before], None
+        if name == "GLOBAL" and not ASKED.fullmatch(arg):
+            raise ValueError(f"it asks for {arg.replace(' ', '.')[:100]}")
+        if name == "MARK":
+            marks.append(len(stack))
+            continue
+        if name in ("BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if arg is None else arg] = stack[-1]
+            continue
+        start = marks.pop() if "mark" in before else len(stack) - len(before)
+        parts = stack[start:]
+        del stack[start - (before.index("mark") if "mark" in before else 0):]
+        if name in ("BINGET", "LONG_BINGET"):
+            made = memo[arg]
+        elif name.startswith(("TUPLE", "EMPTY_TUPLE")):
+            made = tuple(value for value, _ in parts), 1 + sum(weight for _, weight in parts)
+        elif name == "BINPERSID":
+            _, kind, key, _, numbers = parts[0][0][:5]
+            each = BYTES[kind.removeprefix("torch ").removesuffix("Storage")]
+            claims[str(key)] = max(numbers * each, claims.get(str(key), 0))
+            made = (key, numbers, each), 1
+        else:
+            made = arg if isinstance(arg, (str, int)) else None, 1
+        if name == "REDUCE":
+            what, args = (value for value, _ in parts)
+            total += room_of(what, args)
+        stack += [made] * len(word.stack_after)
+        if made[1] > 2_000 or count > WORDS or total > 16 * size:
+            raise ValueError("it nests, or repeats, without end")
+    return claims
+
+
+def room_of(what, args):
+    """Bytes of what a checkpoint's pickle makes by calling `what`; refused if that is more than its storage."""
+    if what == "_codecs encode" and args[1:] != ("latin1",):
+        raise ValueError("it asks for another encoding")
+    if what != "torch._utils _rebuild_tensor_v2":
+        return 0
+    (_, numbers, each), offset, shape, stride = args[:4]
+    if min((offset, *shape, *stride)) < 0 or len(shape) != len(stride) or math.prod(shape) > numbers or 0 in shape and len(shape) > 1:
+        raise ValueError(f"a tensor in it is of {shape} numbers, and not in the file"[:100])
+    return math.prod(shape) * each
+
+
+def reason(error):
+    """Why a checkpoint is refused, in our words: torch's are advice to trust the file."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if asked:
+        return f"it asks for {asked[1][:100]}"
+    if isinstance(error, OSError) or type(error) is ValueError and str(error).startswith(("it ", "its ", "a tensor ")):
+        return str(error)[:300]
+    return "it does not fit into memory" if isinstance(error, MemoryError) or "allocate memory" in str(error) else "it is torn, or torch did not write it"
+
+
+TEXTS = ("backgrounds",)
 
 
 def inputs(**paths):
-    """Fingerprints of what a stage reads, kept with its arguments: other weights, or a folder of another recipe, are another recipe.
+    """Fingerprints of what a stage reads, kept with its arguments: other weights, or a folder of another recipe, are another recipe. Weights must be sound.
 
     Of a folder that is not ours it is of the names, sizes and times of its files. A text that is no file is a name to download, and has none."""
     found = {}
     for name, path in paths.items():
+        if name not in TEXTS and path is not None and Path(path).is_file():
+            sound(path)
         note = Path(path) / "recipe.json"
         found[name] = (fingerprint(path) if Path(path).is_file() else read_json(note).get("fingerprint") if note.exists()
                        else folder_fingerprint(path) if isinstance(path, Path) and path.is_dir() else None)
@@ -590,13 +711,10 @@ def load(path, stage=None, classes=None, map_location="cpu"):
     if not path.exists():
         script = MADE_BY.get(path.name, "the stage that makes it")
         raise FileNotFoundError(f"{path} is missing: run {script} first (README.md has the order)")
-    try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:                                # zip, pickle and torch each raise their own for a foreign file
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is not a checkpoint of this project ({reason}): remove it and run {MADE_BY.get(path.name, 'its stage')} again") from error
-    if not isinstance(content, dict) or "stage" not in content:
+    content = read_tensors(path, map_location)
+    if not isinstance(content, dict) or not isinstance(content.get("stage"), str):
         raise ValueError(f"{path} holds no stage: it is not one of our checkpoints; published weights go to --init")
+    content = checked(path, content)
     if stage is not None and content["stage"] != stage:
         raise ValueError(f"{path} is of stage {content['stage']!r}, {stage!r} is needed: run {MADE_BY.get(stage + '.pt', stage)}")
     if classes is not None and content["classes"] != list(classes):
@@ -605,10 +723,37 @@ def load(path, stage=None, classes=None, map_location="cpu"):
     return content
 
 
+def read_tensors(path, map_location="cpu"):
+    """What a checkpoint of ours holds, or one line that says why it is none."""
+    try:
+        return torch.load(sound(path), map_location=map_location, weights_only=True)
+    except Exception as error:                                # zip, pickle and torch each raise their own for a foreign file
+        why = str(error).partition("(")[2].rpartition(")")[0] if type(error) is ValueError else reason(error)
+        if path.name.endswith(".last.pt"):
+            raise ValueError(f"{path} is damaged ({why}): remove it, the stage then starts again") from None
+        raise ValueError(f"{path} is not a checkpoint of this project ({why}): remove it and run {MADE_BY.get(path.name, 'its stage')} again") from None
+
+
+def checked(path, content):
+    """Names are texts, arguments plain values: what is told of them in one line is one line."""
+    plain = lambda value: value is None or isinstance(value, (str, int, float))
+    args, again = content.get("args", {}), f"remove it and run {MADE_BY.get(path.name, 'its stage')} again"
+    if not isinstance(args, dict) or not all(plain(v) or isinstance(v, (list, tuple)) and all(map(plain, v)) or isinstance(v, dict) and all(map(plain, v.values()))
+                                             for v in args.values()):
+        raise ValueError(f"{path} holds arguments that are no plain values: {again}")
+    for names in ("classes", "backgrounds"):
+        if names in content and not (isinstance(content[names], list) and all(isinstance(name, str) and len(name) <= 100 for name in content[names])):
+            raise ValueError(f"{path} holds {names} that are no list of names: {again}")
+    return Found(path, {**content, "args": Found(path, args)} if "args" in content else content)
+
+
 def load_prototypes(args, folder, clip):
     """<out>/prototypes.pt (vpl.py), learned for this folder's classes and backgrounds with this CLIP."""
     path = args.out / "prototypes.pt"
     content = load(path, "prototypes", folder.classes)
+    W = content["model"].get("prototypes") if isinstance(content["model"], dict) else None
+    if not torch.is_tensor(W) or W.dtype != torch.float32 or W.dim() != 2 or len(W) != len(folder.classes) + len(content["backgrounds"]) or not W.isfinite().all():
+        raise ValueError(f"{path} holds no prototypes of its classes and backgrounds, or NaN: remove it and run vpl.py again")
     if content["backgrounds"] != folder.backgrounds:
         raise ValueError(f"{path} was learned with other backgrounds ({describe(content['backgrounds'])}) than --data names: run vpl.py again")
     if content["clip"] != clip.fingerprint():
@@ -617,16 +762,21 @@ def load_prototypes(args, folder, clip):
 
 
 def load_weights(model, weights, path):
-    """Strict: a wrong name or shape is an error that names the file, never a print."""
+    """Strict: a wrong name or shape, or a number that is none, is an error that names the file, never a print."""
+    if not isinstance(weights, dict) or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in weights.items()):
+        raise ValueError(f"{path} holds no weights of a network: take another file, or remove it")
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: its training broke down or the file is damaged; remove it or take another one")
     try:
-        unwrap(model).load_state_dict(weights, strict=True)
+        unwrap(model).load_state_dict(dict(weights), strict=True)       # without its metadata, which can tell torch to take tensors as they are
     except RuntimeError as error:
         problems = " ".join(line.strip() for line in str(error).splitlines()[1:3])
         raise ValueError(f"{path} does not fit this network: {problems[:300]}") from error
 
 
 def describe(classes):
-    return f"{len(classes)}: {', '.join(list(classes)[:3])}{', ...' if len(classes) > 3 else ''}"
+    return f"{len(classes)}: {', '.join(map(str, list(classes)[:3]))}{', ...' if len(classes) > 3 else ''}"[:200]
 
 
 def finished(path, args):
@@ -661,7 +811,7 @@ def open_folder(folder, args, env, free, keep=False, **facts):
     made = [path for ending in ("npy", "npz", "png", "pt") for path in folder.glob(f"*.{ending}")]
     before = read_json(note) if note.exists() else {"script": "another program" if made else script}
     if before.get("script") != script and not keep:
-        raise ValueError(f"{folder} holds what {before.get('script', 'another program')} made: {script} writes to a folder of its own, give another name or --out")
+        raise ValueError(f"{folder} holds what {str(before.get('script', 'another program'))[:80]} made: {script} writes to a folder of its own, give another name or --out")
     if note.exists():
         try:
             same_recipe(folder, before["args"], args, free)
@@ -729,19 +879,23 @@ def load_state(path, model, optimizer, scheduler, scaler, args):
         path.unlink(missing_ok=True), path.with_name(path.name.replace(".last", "")).unlink(missing_ok=True)
     if not path.exists():
         return 0, 0
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:                                # zip, pickle and torch each raise their own for a damaged file
-        raise ValueError(f"{path} is damaged ({(str(error).splitlines() or [type(error).__name__])[0]}): remove it, the stage then starts again") from error
+    state = read_tensors(path)
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} is no state of a run: remove it, the stage then starts again")
+    state = checked(path, state)
     same_recipe(path, state["args"], args)
     load_weights(model, state["model"], path)
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
-    scaler.load_state_dict(state["scaler"])
     rank = dist.get_rank() if dist.is_initialized() else 0
-    if rank < len(state["rng"]):                              # more ranks than before: the new ones keep their fresh seed
-        set_rng(state["rng"][rank])
-    return state["epoch"], state["step"]
+    try:
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        scaler.load_state_dict(state["scaler"])
+        if rank < len(state["rng"]):                          # more ranks than before: the new ones keep their fresh seed
+            set_rng(state["rng"][rank])
+        epoch, step = int(state["epoch"]), int(state["step"])
+    except Exception as error:                                # whatever its parts provoke
+        raise ValueError(f"{path} is damaged ({type(error).__name__} in its state): remove it, the stage then starts again") from None
+    return epoch, step
 
 
 def numpy_state():
@@ -753,6 +907,8 @@ def set_rng(rng):
     version, internal, gauss = rng["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, *rest = rng["numpy"]
+    if not 0 <= rest[0] <= 624:                               # numpy reads there without asking
+        raise ValueError("a place that is none")
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
     torch.set_rng_state(rng["torch"])
     if rng["cuda"] is not None and torch.cuda.is_available():
@@ -770,7 +926,7 @@ class Log:
         self.path, self.env, self.start = Path(path), env, time.time()
         if not env.main:
             return
-        lines = self.path.read_text().splitlines() if step and self.path.exists() else []
+        lines = log_lines(self.path) if step and self.path.exists() else []
         kept = [line for line in lines[1:] if whole(line) and json.loads(line)["step"] <= step]
         self.start -= json.loads(kept[-1])["seconds"] if kept else 0
         with atomic(self.path) as beside:
@@ -815,12 +971,19 @@ class Meter:
         return dict(zip(self.names, means))
 
 
+def log_lines(path):
+    if not path.is_file() or path.stat().st_size > 1 << 30:
+        raise ValueError(f"{path} is no log, but a pipe, a folder or a large file: remove it")
+    return path.read_text(errors="replace").splitlines()
+
+
 def whole(line):
     """False for the torn last line of a killed run."""
     try:
-        return "step" in json.loads(line)
-    except json.JSONDecodeError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return False
+    return isinstance(row, dict) and isinstance(row.get("step"), (int, float)) and all(not isinstance(v, int) or abs(v) < 1 << 62 for v in row.values())
 
 
 def versions():

@@ -13,9 +13,10 @@ import errno
 import io
 import math
 import os
-import pickle
 import re
 import signal
+import stat
+import struct
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
 from functools import partial
@@ -32,6 +33,8 @@ from torchvision.transforms import v2
 
 IGNORE = 255
 PICTURES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")                    # what lies under these endings; Pillow's other decoders are not asked
+PIXELS = 1 << 26                                                   # of a picture, at most: 8192 x 8192, 20,000 x 3,355; a file of a few bytes can claim any number
 
 VOC_CLASSES = ("aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike person "
                "pottedplant sheep sofa train tvmonitor").split()
@@ -74,6 +77,10 @@ class Folder:
             raise ValueError(f"{path} must hold one name a line, none twice")
         if "background" in names:
             raise ValueError(f"{path} lists 'background': remove it, it is label 0 of every mask and no class")
+        if odd := [name for name in names if not name.isprintable()]:
+            raise ValueError(f"{path} lists {odd[0]!r:.60}, which holds what cannot be printed: write plain letters and blanks")
+        if long := [name for name in names if len(name) > 100]:
+            raise ValueError(f"{path} lists a name of {len(long[0])} characters ({long[0][:20]}...): CLIP reads short names, at most 100")
         if len(names) > 254:
             raise ValueError(f"{path} lists {len(names)} classes, an 8-bit mask holds 254")
         return names
@@ -176,15 +183,23 @@ class Folder:
 def read_lines(path):
     """Lines of a text file; CRLF and a byte order mark are ordinary."""
     try:
-        return Path(path).read_text(encoding="utf-8-sig").splitlines()
+        text = Path(regular(path, 1 << 26)).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
+    lines = text.splitlines()
+    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", text):
+        raise ValueError(f"{path} holds control characters: save it as plain UTF-8 text")
+    if len(lines) > 2_000_000 or max(map(len, lines), default=0) > 100_000:
+        raise ValueError(f"{path} has {len(lines):,} lines, the longest of {max(map(len, lines)):,} characters: is it a list, an entry a line?")
+    return lines
 
 
 def parse_id(line, path):
     """`2007_000032`, or a pair `/JPEGImages/x.jpg /SegmentationClassAug/x.png`. An id is a file name: it cannot leave the folder."""
     text = line.strip()
-    first = text.split()[0]
+    if "/" not in text:
+        return check_id(text, path)
+    first = text.split(maxsplit=1)[0]
     parts = Path(first).parts
     if "JPEGImages" in parts[:-1] and ".." not in parts and parts.index("JPEGImages") == len(parts) - 2:
         return check_id(Path(first).stem, path)
@@ -192,8 +207,8 @@ def parse_id(line, path):
 
 
 def check_id(id, path):
-    if not id or id.startswith(".") or set(id) & set("/\\\0") or id != id.strip() or id.endswith(PICTURES):
-        raise ValueError(f"{path}: {id!r} is no picture id: write the file name without folder and ending")
+    if not id or id.startswith(".") or re.search(r"[/\\\x00-\x1f\x7f]", id) or id != id.strip() or id.endswith(PICTURES) or len(id.encode(errors="replace")) > 200:
+        raise ValueError(f"{path}: {id!r:.100} is no picture id: write the file name without folder and ending")
     return id
 
 
@@ -211,8 +226,8 @@ def read_label_list(path, classes):
             raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one; fields are parted by tabs where a file name holds blanks")
         present = set()
         for name in filter(None, names):
-            if name not in index and not (name.isdecimal() and int(name) < len(classes)):
-                raise ValueError(f"{path}:{number}: {name!r} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
+            if name not in index and not (name.isdecimal() and len(name) < 4 and int(name) < len(classes)):
+                raise ValueError(f"{path}:{number}: {name!r:.100} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
                                  "blanks in names are written _, or fields are parted by tabs")
             present.add(index[name] if name in index else int(name))
         labels[id] = sorted(present)
@@ -223,13 +238,16 @@ def read_xml(path, classes):
     """Names of the objects in a VOC annotation, "difficult" ones included."""
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: labels come from labels.txt or from one XML a picture")
+    content = Path(regular(path, 1 << 22)).read_bytes()
     try:
-        names = {(o.findtext("name") or "").strip() for o in ElementTree.parse(path).getroot().findall("object")}
+        if b"<!DOCTYPE" in content or b"\0" in content:                    # entities of a DTD unpack to gigabytes, or name other files; UTF-16 would hide them
+            raise ValueError("it has a DTD, or is not ASCII or UTF-8")
+        names = {(o.findtext("name") or "").strip() for o in ElementTree.fromstring(content).findall("object")}
     except (ElementTree.ParseError, LookupError, ValueError) as error:
-        raise ValueError(f"{path} is not readable XML ({error}): download it again or write labels.txt") from None
+        raise ValueError(f"{path} is not readable XML ({why(error)}): download it again or write labels.txt") from None
     unknown = names - set(classes)
     if unknown:
-        raise ValueError(f"{path}: {sorted(unknown)[0]!r} is not in classes.txt ({len(classes)} classes): add it there or correct the annotation")
+        raise ValueError(f"{path}: {min(unknown)!r:.100} is not in classes.txt ({len(classes)} classes): add it there or correct the annotation")
     return sorted(classes.index(name) for name in names)
 
 
@@ -237,22 +255,26 @@ def read_cls_labels(path, classes):
     """Foreign cls_labels.npy: a pickled dict, keys int32 (IRN) or str (the rest), values multi-hot (C,). -> {id: indices}"""
     try:
         table = read_pickled(path)
-        if table is None:
-            raise ValueError("it holds a plain array, not a dict")
-        labels = {key if isinstance(key, str) else int(key): np.flatnonzero(value).tolist() for key, value in table.items()}
-    except Exception as error:                                             # pickle raises whatever its bytes provoke
-        raise ValueError(f"{path} is refused ({error}): a dict from id to multi-hot labels is expected; labels.txt says the same in plain text") from None
+        if not isinstance(table, dict):
+            raise ValueError("it holds a plain array, not a dict" if table is None else f"it holds a {type(table).__name__}, not a dict")
+        for key, value in table.items():
+            numbers = isinstance(value, np.ndarray) and value.dtype.kind in "biuf" or isinstance(value, list) and all(type(n) in (bool, int, float) for n in value)
+            if not numbers:
+                raise ValueError(f"the labels of {key!r:.60} are not numbers")
+    except Exception as error:                                             # a foreign file raises whatever its bytes provoke
+        raise ValueError(f"{path} is refused ({why(error)}): a dict from id to multi-hot labels is expected; labels.txt says the same in plain text") from None
     wrong = [key for key, value in table.items() if np.shape(value) != (len(classes),)]
     if wrong:
-        raise ValueError(f"{path}: labels of {wrong[0]} have shape {np.shape(table[wrong[0]])}, classes.txt has {len(classes)} classes")
-    return labels
+        raise ValueError(f"{path}: labels of {wrong[0]!r:.60} have shape {np.shape(table[wrong[0]])}, classes.txt has {len(classes)} classes")
+    return {key: np.flatnonzero(value).tolist() for key, value in table.items()}
 
 
 # ---------------------------------------------------------------- other projects' pickles
 
-# A pickle is a program: it calls what find_class hands out, and sets the state of what it has made. So nothing of numpy's or torch's is handed
-# out: what a pickle builds are the records below, which only keep what they are given. Arrays are made of them afterwards (`settled`), and by
-# nothing but a shape, the name of a plain dtype and as many bytes as these two say.
+# A pickle is a program, and pickle.Unpickler runs it: what it calls, how much it makes and how deep it nests is the file's choice. So it is not run.
+# `Restricted` knows the words in which numbers, texts, lists, dicts and calls are written; a call makes one of the records below, which keep what
+# they are given. Arrays are made of them afterwards (`settled`), of nothing but a shape, the name of a plain dtype and as many bytes as these two
+# say. All of it costs no more than a few times the file.
 
 class Kind:
     """A dtype by its name and byte order: numbers, strings, objects; no fields, no subarrays."""
@@ -260,22 +282,24 @@ class Kind:
 
     def __init__(self, name, *_):
         if not isinstance(name, str) or not re.fullmatch(r"b1|[iu][1248]|f[248]|O8?|U\d{1,4}", name):
-            raise pickle.UnpicklingError(f"it holds the dtype {str(name)[:40]!r}")
+            raise ValueError(f"it holds the dtype {name!r:.40}")
         self.name, self.order = name, "="
 
     def __setstate__(self, state):
         _, order, *structure = state[:5]
         if order not in ("<", ">", "|", "=") or structure != [None] * 3:
-            raise pickle.UnpicklingError("it holds a dtype of parts")
+            raise ValueError("it holds a dtype of parts")
         self.order = order
 
     def read(self, shape, content):
         """-> array of `shape`, C order, over `content`."""
-        if not all(type(n) is int and n >= 0 for n in shape) or not isinstance(content, (bytes, bytearray)) or self.name[0] in "OU":
-            raise pickle.UnpicklingError("an array in it is not of numbers")
+        if type(shape) is not tuple or len(shape) > 8 or not all(type(n) is int and 0 <= n < 1 << 40 for n in shape):
+            raise ValueError("an array in it has no shape")
+        if not isinstance(content, bytes) or self.name[0] in "OU":
+            raise ValueError("an array in it is not of numbers")
         dtype = np.dtype(self.order + ("u1" if self.name == "b1" else self.name))
         if math.prod(shape) * dtype.itemsize != len(content):
-            raise pickle.UnpicklingError(f"an array in it is torn: {len(content)} bytes for the shape {shape}")
+            raise ValueError(f"an array in it is torn: {len(content)} bytes for the shape {shape}")
         array = np.frombuffer(content, dtype).reshape(shape) if content else np.zeros(shape, dtype)
         return array != 0 if self.name == "b1" else array                  # as numpy counts on: a byte of a bool is 0 or 1
 
@@ -293,7 +317,7 @@ class Array:
     def settled(self):
         if self.value is None:
             _, shape, kind, fortran, content = self.state
-            if kind.name[0] == "O" and shape == () and len(content) == 1:  # np.save's way to keep a dict
+            if kind.name[0] == "O" and shape == () and type(content) is list and len(content) == 1:       # np.save's way to keep a dict
                 return content[0]
             array = kind.read(shape[::-1] if fortran else shape, content)
             self.value = array.T if fortran else array if self.axes is None else array.transpose(self.axes)
@@ -301,17 +325,11 @@ class Array:
 
 
 class Maker:
-    """What a pickle may call. It cannot set its state, as it could that of a function."""
+    """What a pickle may call, and do nothing else with."""
     __slots__ = ("make",)
 
     def __init__(self, make):
         self.make = make
-
-    def __call__(self, *args):
-        return self.make(*args)
-
-    def __setstate__(self, state):
-        raise pickle.UnpicklingError("it changes what it calls")
 
 
 def of_buffer(content, kind, shape, order, axes=None):
@@ -329,7 +347,7 @@ def number(kind, content):
 def latin(text, encoding):
     """Old protocols' way to bytes."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError(f"it asks for the encoding {str(encoding)[:40]!r}")
+        raise ValueError(f"it asks for the encoding {encoding!r:.40}")
     return str.encode(text, "latin1")
 
 
@@ -338,94 +356,222 @@ def storage(content):
     file = io.BytesIO(content)
     magic, version, _, (_, kind, key, _, count, view), keys = (StorageReader(file).load() for _ in range(5))
     if (magic, version, view, keys) != (0x1950a86a20f9469cfc6c, 1001, None, [key]):
-        raise pickle.UnpicklingError("a tensor in it is not as torch writes them")
+        raise ValueError("a tensor in it is not as torch writes them")
     return Kind(kind).read((count,), file.read()[8:])                      # 8: the count again
 
 
 def tensor(numbers, offset, size, stride, *_):
     """A view (offset, size, stride) of a storage's numbers -> Array."""
-    if len(size) != len(stride) or not all(type(n) is int and n >= 0 for n in (offset, *size, *stride)) or math.prod(size) > len(numbers):
-        raise pickle.UnpicklingError("a tensor in it is not of its numbers")
+    if (type(size), type(stride)) != (tuple, tuple) or len(size) != len(stride) or len(size) > 8 or not all(
+            type(n) is int and n >= 0 for n in (offset, *size, *stride)) or math.prod(size) > len(numbers):
+        raise ValueError("a tensor in it is not of its numbers")
     if 0 not in size and offset + sum((n - 1) * step for n, step in zip(size, stride)) >= len(numbers):
-        raise pickle.UnpicklingError("a tensor in it reaches past its numbers")
+        raise ValueError("a tensor in it reaches past its numbers")
     shown = Array()
     shown.value = np.zeros(size, numbers.dtype) if 0 in size else np.lib.stride_tricks.as_strided(
         numbers[offset:], size, [step * numbers.itemsize for step in stride]).copy()
     return shown
 
 
-class StorageReader(pickle.Unpickler):
-    """Numbers, texts, and of torch's storages the kind of number."""
-    kinds = {"FloatStorage": "f4", "DoubleStorage": "f8", "HalfStorage": "f2", "LongStorage": "i8", "IntStorage": "i4", "ShortStorage": "i2",
-             "CharStorage": "i1", "ByteStorage": "u1", "BoolStorage": "b1"}
-
-    def find_class(self, module, name):
-        if module != "torch" or name not in self.kinds:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return self.kinds[name]
-
-    def persistent_load(self, id):
-        return id
+little = lambda content: int.from_bytes(content, "little", signed=True)
+COUNTED = {  # words of a pickle that are followed by a length, of so many bytes, and as many bytes of content
+    b"U": (1, bytes.decode), b"T": (4, bytes.decode), b"\x8c": (1, bytes.decode), b"X": (4, bytes.decode), b"\x8d": (8, bytes.decode),
+    b"C": (1, bytes), b"B": (4, bytes), b"\x8e": (8, bytes), b"\x96": (8, bytes), b"\x8a": (1, little), b"\x8b": (4, little)}
+FIXED = {b"K": (1, lambda b: b[0]), b"M": (2, lambda b: int.from_bytes(b, "little")), b"J": (4, little), b"G": (8, lambda b: struct.unpack(">d", b)[0])}
+PLAIN = {b"N": lambda: None, b"\x88": lambda: True, b"\x89": lambda: False, b"]": list, b"}": dict, b")": tuple}
+TUPLES, MEMO = {b"\x85": 1, b"\x86": 2, b"\x87": 3}, {b"q": 1, b"r": 4, b"h": 1, b"j": 4}
 
 
-class Restricted(pickle.Unpickler):
+class Restricted:
     """Reads other projects' pickles: arrays of numbers, IRN's tensors (as arrays) and plain values; whatever else is asked for is refused."""
-    makes = {("numpy", "dtype"): Maker(Kind), ("numpy", "ndarray"): "ndarray", ("_codecs", "encode"): Maker(latin), ("collections", "OrderedDict"): Maker(dict),
+    makes = {("numpy", "dtype"): Maker(Kind), ("numpy", "ndarray"): "ndarray", ("_codecs", "encode"): Maker(latin), ("collections", "OrderedDict"): Maker(lambda: {}),
              ("torch._utils", "_rebuild_tensor_v2"): Maker(tensor), ("torch.storage", "_load_from_bytes"): Maker(storage)}
     for core in ("numpy.core", "numpy._core"):
         makes |= {(f"{core}.multiarray", "_reconstruct"): Maker(Array), (f"{core}.multiarray", "scalar"): Maker(number),
                   (f"{core}.numeric", "_frombuffer"): Maker(of_buffer)}
+    words = 4_000_000                                                      # of COCO's labels it takes 3 million
+    unchanged = ()                                                         # what is made plain, its attributes left out
 
-    def find_class(self, module, name):
+    def __init__(self, file):
+        here = file.tell()
+        self.file, self.size = file, file.seek(0, os.SEEK_END) - here
+        self.spare = 8 * self.size + (1 << 20)                             # bytes that calls and arrays may take together: one content can be named many times
+        file.seek(here)
+
+    def find(self, module, name):
         if (module, name) not in self.makes:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+            raise ValueError(f"it asks for {module}.{name}"[:100])
         return self.makes[module, name]
 
+    def read(self, n):
+        content = self.file.read(n) if n <= self.size else b""
+        if len(content) < n:
+            raise ValueError("it is torn")
+        return content
+
+    def line(self):
+        return self.file.readline().decode().strip()
+
     def load(self):
-        return settled(super().load())
+        read, stack, marks, memo = self.read, [], [], {}
+        next_word = self.file.read
+        for _ in range(self.words):
+            word = next_word(1)
+            if not word:
+                raise ValueError("it is torn")
+            if word in COUNTED:
+                width, value = COUNTED[word]
+                stack.append(value(read(int.from_bytes(read(width), "little"))))
+            elif word in FIXED:
+                width, value = FIXED[word]
+                stack.append(value(read(width)))
+            elif word in PLAIN:
+                stack.append(PLAIN[word]())
+            elif word in TUPLES:
+                stack[-TUPLES[word]:] = [tuple(stack[-TUPLES[word]:])]
+            elif word == b"\x94":
+                memo[len(memo)] = stack[-1]
+            elif word in MEMO:
+                place = int.from_bytes(read(MEMO[word]), "little")
+                if word in b"hj":
+                    stack.append(memo[place])
+                else:
+                    memo[place] = stack[-1]
+            elif word == b"(":
+                marks.append(len(stack))
+            elif word in b"teua":                                          # a tuple, or what goes into a list or a dict
+                start = len(stack) - 1 if word == b"a" else marks.pop()
+                items = stack[start:]
+                del stack[start:]
+                stack.append(tuple(items)) if word == b"t" else self.fill(stack[-1], items, dict if word == b"u" else list)
+            elif word == b"s":
+                self.fill(stack[-3], [stack[-2], stack.pop()], dict), stack.pop()
+            elif word in b"R\x81":
+                args, what = stack.pop(), stack.pop()
+                stack.append(self.call(what, args))
+            elif word == b"b":
+                self.change(stack[-2], stack.pop())
+            elif word == b"c":
+                stack.append(self.find(self.line(), self.line()))
+            elif word == b"\x93":
+                name, module = stack.pop(), stack.pop()
+                stack.append(self.find(module, name))
+            elif word in b"\x80\x95":                                      # the protocol, and a hint how much to read at once
+                read(1 if word == b"\x80" else 8)
+            elif word == b".":
+                return self.settled(stack.pop(), 3, {})
+            elif word != b"Q" or not isinstance(self, StorageReader):      # Q: what stands for a storage is its name
+                raise ValueError(f"it holds the word {word!r}, which no array needs")
+        raise ValueError(f"it is longer than {self.words:,} words")
+
+    def fill(self, container, items, kind):
+        if type(container) is not kind:
+            raise ValueError("it fills what is no list or dict")
+        if kind is list:
+            return container.extend(items)
+        if not all(type(key) in (str, int) for key in items[::2]):         # others' hashes can take forever, or all of the stack
+            raise ValueError("a key in it is no text or number")
+        container.update(zip(items[::2], items[1::2], strict=True))
+
+    def call(self, what, args):
+        if type(what) is not Maker or type(args) is not tuple:
+            raise ValueError("it calls what is no function")
+        self.take(sum(part.nbytes if isinstance(part, np.ndarray) else len(part) for part in args if isinstance(part, (bytes, str, tuple, list, np.ndarray))))
+        return what.make(*args)
+
+    def change(self, what, state):
+        if type(what) in self.unchanged:
+            return
+        if type(what) not in (Kind, Array) or type(state) is not tuple:
+            raise ValueError("it changes what it calls")
+        what.__setstate__(state)
+
+    def take(self, size):
+        self.spare -= size
+        if self.spare < 0:
+            raise ValueError("it unpacks to many times its size")
+
+    def settled(self, value, depth, seen):
+        """Arrays in place of the records, down to the values of dicts in a list; what is named twice is made once."""
+        if (id(value), depth) in seen or not depth:
+            return seen.get((id(value), depth), value)
+        made = value
+        if isinstance(value, Array):
+            made = value.settled()
+            if isinstance(made, np.ndarray):
+                self.take(made.nbytes)
+            else:
+                made = self.settled(made, depth - 1, seen)
+        elif isinstance(value, dict):
+            made = {key: self.settled(part, depth - 1, seen) for key, part in value.items()}
+        elif isinstance(value, list):
+            made = [self.settled(part, depth - 1, seen) for part in value]
+        seen[id(value), depth] = made
+        return made
 
 
-def settled(value, depth=3):
-    """Arrays in place of the records, down to the values of dicts in a list."""
-    if isinstance(value, Array):
-        value = value.settled()
-        return value if isinstance(value, np.ndarray) or not depth else settled(value, depth - 1)
-    if depth and isinstance(value, dict):
-        return {key: settled(part, depth - 1) for key, part in value.items()}
-    if depth and isinstance(value, list):
-        return [settled(part, depth - 1) for part in value]
-    return value
+class StorageReader(Restricted):
+    """Numbers, texts, and of torch's storages the kind of number."""
+    words = 200
+    makes = {("torch", f"{name}Storage"): kind for name, kind in dict(
+        Float="f4", Double="f8", Half="f2", Long="i8", Int="i4", Short="i2", Char="i1", Byte="u1", Bool="b1").items()}
 
 
 class FmaReader(Restricted):
-    """FMA-WSSS pickles a list and a dict of its own classes: they become plain ones, its code is not looked for."""
-    class List(list):
-        __slots__ = ()
+    """FMA-WSSS pickles a list and a dict of its own classes: they become plain ones without attributes, its code is not looked for."""
+    own, unchanged = {"SamAnns": Maker(lambda: []), "ADict": Maker(lambda: {})}, (list, dict)
 
-        def __setstate__(self, state):
-            """Attributes are left out: numpy would ask an __array_interface__ for an address."""
-
-    class Dict(dict):
-        __slots__ = ()
-
-        def __setstate__(self, state):
-            pass
-
-    def find_class(self, module, name):
-        return {"SamAnns": self.List, "ADict": self.Dict}.get(name) or super().find_class(module, name)
+    def find(self, module, name):
+        return self.own[name] if name in self.own else super().find(module, name)
 
 
 def read_pickled(path):
     """What another project's pickled .npy holds; None of a plain array."""
-    with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, _, dtype = read(file)
+    with open(regular(path), "rb") as file:
+        shape, _, dtype = read_header(file)
         if not dtype.hasobject:
             return None
         if shape:
-            raise ValueError(f"it holds {shape} objects, not one dict")
+            raise ValueError(f"it holds {shape!r:.40} objects, not one dict")
         return Restricted(file).load()
+
+
+# ---------------------------------------------------------------- plain arrays
+
+def read_header(file):
+    """-> (shape, fortran, dtype) of a .npy, `file` then at its numbers. Python's parser reads the header: it is short, or refused."""
+    version = np.lib.format.read_magic(file)
+    width = 2 if version == (1, 0) else 4
+    if int.from_bytes(file.read(width), "little") > 10_000:
+        raise ValueError("its header is no array's")
+    file.seek(-width, os.SEEK_CUR)
+    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+
+
+def read_npy(path):
+    """A plain array; its file must be as long as its header says, before there is room for it."""
+    with open(regular(path), "rb") as file:
+        shape, _, dtype = read_header(file)
+        if dtype.hasobject:
+            raise ValueError("it holds objects")
+        if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != os.fstat(file.fileno()).st_size - file.tell():
+            raise ValueError("it is torn, or longer than it says")
+    return np.load(path, allow_pickle=False)
+
+
+def regular(path, most=1 << 34):
+    """`path`, of a file with an end: a pipe or a device would be read forever."""
+    facts = os.stat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ValueError(f"{path} is no file but a folder, a pipe or a device: put the file there")
+    if facts.st_size > most:
+        raise ValueError(f"{path} has {facts.st_size:,} bytes, at most {most:,} are read: is it another file?")
+    return path
+
+
+def why(error):
+    """The first line of what a library says of a foreign file, for a message of one line."""
+    return re.sub(r"[\x00-\x1f\x7f]", " ", f"{error}".strip().partition("\n")[0])[:200].strip() or type(error).__name__
 
 
 # ---------------------------------------------------------------- texts
@@ -457,16 +603,25 @@ def prompt_texts(folder, prompt="ensemble", template=None):
 
 # ---------------------------------------------------------------- pictures
 
+def header(path, formats=FORMATS):
+    """A picture of which the header is read, and its pixels are not yet."""
+    image = Image.open(regular(path), formats=formats)
+    if image.width * image.height > PIXELS or max(image.size) > 65_535:    # a row costs memory, too
+        image.close()
+        raise ValueError(f"{image.width}x{image.height} are more than {PIXELS:,} pixels, or a side of more than 65,535: make it smaller")
+    return image
+
+
 @contextlib.contextmanager
 def opened(path):
     """A picture's file with its header read. Whatever is wrong with it, here or while its pixels are read, is one line."""
     try:
-        with Image.open(path) as file:
+        with header(path) as file:
             yield file
     except FileNotFoundError:
         raise
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable picture ({error}): replace it or take it off the list") from None
+    except Exception as error:                                             # PIL raises whatever a foreign file's bytes provoke
+        raise ValueError(f"{path} is not a readable picture ({why(error)}): replace it or take it off the list") from None
 
 
 def shown_size(file):
@@ -479,16 +634,22 @@ def decode(file, least=None):
     """An opened picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white.
 
     With `least` (height, width) a JPEG comes at 1/2, 1/4 or 1/8 of its sides, if both are then still that long: most of its pixels are never made."""
+    if file.format in ("JPEG", "MPO") and Path(file.filename).read_bytes().count(b"\xff\xda") > 100:
+        raise ValueError("it has more than 100 scans")                     # each of a few bytes can cost as much as the picture
     if least:
         file.draft(None, least if shown_size(file) == file.size else least[::-1])          # draft counts (width, height) of the stored, unturned picture
     ImageOps.exif_transpose(file, in_place=True)                           # reads the pixels: a truncated file ends here
-    if file.mode.startswith("I") or file.mode == "F":
-        values = np.asarray(file, dtype=np.float64)
-        top = 65535 if file.mode.startswith("I;16") or file.mode == "I" and values.max(initial=0) > 255 else 255
-        return Image.fromarray((values.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert("RGB")
+    if file.mode.startswith("I"):
+        values = np.asarray(file)
+        top = 65535 if file.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
+        table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)
+        return Image.fromarray(table[values.clip(0, top)]).convert("RGB")
     if "A" in file.getbands() or "transparency" in file.info:
-        image = file.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+        shown = Image.new("RGB", file.size)
+        for top in range(0, file.height, 512):                             # by strips: several copies of a large picture would be gigabytes
+            strip = file.crop((0, top, file.width, min(top + 512, file.height))).convert("RGBA")
+            shown.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
+        return shown
     return file if file.mode == "RGB" else file.convert("RGB")             # convert would copy it
 
 
@@ -531,10 +692,10 @@ def load_mask(path, num_classes=None):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: run the stage that makes it")
     try:
-        with Image.open(path) as image:
+        with header(path, ("PNG",)) as image:
             values, mode = np.array(image), image.mode
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path} is not a readable mask ({error}): replace it") from None
+    except Exception as error:                                             # PIL raises whatever a foreign file's bytes provoke
+        raise ValueError(f"{path} is not a readable mask ({why(error)}): replace it") from None
     if mode in ("RGB", "RGBA"):
         values = from_colours(values[..., :3], path)
     elif values.ndim != 2 or mode not in ("P", "L", "I", "I;16", "1"):
@@ -552,12 +713,14 @@ def load_mask(path, num_classes=None):
 
 def from_colours(values, path):
     """Three channels: exact palette colours become indices, anything else is refused."""
-    code = values.astype(np.int64) @ [65536, 256, 1]                        # (H, W)
     table = palette().astype(np.int64) @ [65536, 256, 1]
     order = np.argsort(table)
-    place = order[np.searchsorted(table[order], code).clip(0, 255)]
-    if (table[place] != code).any():
-        raise ValueError(f"{path} is a colour picture whose colours are not VOC's palette: write class indices (data.save_mask does)")
+    place = np.zeros(values.shape[:2], np.uint8)
+    for rows, out in zip(np.array_split(values, 1 + len(values) // 256), np.array_split(place, 1 + len(values) // 256)):       # 64-bit numbers of all would be large
+        code = rows.astype(np.int64) @ [65536, 256, 1]
+        out[:] = order[np.searchsorted(table[order], code).clip(0, 255)]
+        if (table[out] != code).any():
+            raise ValueError(f"{path} is a colour picture whose colours are not VOC's palette: write class indices (data.save_mask does)")
     return place
 
 
@@ -629,15 +792,15 @@ def load_cam(path, labels, size=None):
     try:
         keys, cam = read_maps(path)
     except Exception as error:                                             # numpy's header parser, zip and memory each raise their own
-        raise ValueError(f"{path} is not a plain .npy array ({(str(error).splitlines() or [type(error).__name__])[0]}): "
-                         "remove it and run make_cam.py again") from None
+        raise ValueError(f"{path} is not a plain .npy array ({why(error)}): remove it and run make_cam.py again") from None
     if not isinstance(cam, np.ndarray) or cam.dtype.kind != "f" or cam.ndim != 3 or 0 in cam.shape[1:]:
         raise ValueError(f"{path} holds {getattr(cam, 'dtype', type(cam).__name__)} {np.shape(cam)}, maps are float (P, h, w): run make_cam.py again")
     if keys is not None and (sorted(keys) != classes.tolist() or len(cam) != len(keys)):
         raise ValueError(f"{path} holds {len(cam)} maps of the classes {sorted(keys)}, the picture's label has {classes.tolist()}: is it of another data set, or counted from 1?")
     if len(cam) != len(classes):
         raise ValueError(f"{path} has {len(cam)} maps, the picture's label has {len(classes)} classes: was it made with other labels? run make_cam.py again")
-    cam = cam.astype(np.float32)                                           # first: numpy is slow in half precision
+    with np.errstate(over="ignore"):                                       # 1e300 is infinity from here on
+        cam = cam.astype(np.float32)                                       # first: numpy is slow in half precision
     if not np.isfinite(cam).all():
         raise ValueError(f"{path} holds NaN or infinity: remove it and run make_cam.py again")
     if keys is not None:
@@ -661,16 +824,40 @@ def read_maps(path):
 
     Others': IRN's and CLIP-ES's dict of `keys` and maps, PSA's (and WeakTr's, SemPLeS's) {class: map}, FMA-WSSS's .npz of `fg_cls` and `cam`."""
     if path.suffix == ".npz":
-        with np.load(path, allow_pickle=False) as file:
-            return file["fg_cls"].astype(int).tolist(), file["cam"].astype(np.float32)
+        with np.load(regular(path), allow_pickle=False) as file:
+            if sum(part.file_size for part in file.zip.infolist()) > ROOM:
+                raise ValueError("it unpacks to more than any maps")
+            return classes_of(file["fg_cls"]), floats(file["cam"])
     table = read_pickled(path)
     if table is None:
-        return None, np.load(path, allow_pickle=False)
+        return None, read_npy(path)
+    if not isinstance(table, dict):
+        raise ValueError(f"it holds a {type(table).__name__}")
     if "keys" in table:
-        maps = next((table[name] for name in ("high_res", "attn_highres", "highres") if name in table), None)
-        return np.asarray(table["keys"]).astype(int).tolist(), np.asarray(maps, dtype=np.float32)
-    maps = np.stack(list(table.values())) if table else np.zeros((0, 1, 1))               # no class: no map that would say the size
-    return [int(key) for key in table], np.asarray(maps, dtype=np.float32)
+        return classes_of(table["keys"]), floats(next((table[name] for name in ("high_res", "attn_highres", "highres") if name in table), None))
+    if len(table) > 254:
+        raise ValueError(f"it holds {len(table):,} maps")
+    keys, maps = [int(key) for key in table], [floats(value) for value in table.values()]
+    if sum(value.nbytes for value in maps) > ROOM:                                        # before the stack: one map can be named many times
+        raise ValueError("its maps are larger than any")
+    return keys, np.stack(maps) if maps else np.zeros((0, 1, 1), np.float32)              # no class: no map that would say the size
+
+
+ROOM = 1 << 29                                                             # bytes of one picture's maps
+
+
+def classes_of(keys):
+    keys = np.asarray(keys if isinstance(keys, np.ndarray) or isinstance(keys, list) and all(type(key) is int for key in keys) else None)
+    if keys.dtype.kind not in "iuf" or keys.ndim != 1 or len(keys) > 254:
+        raise ValueError("its classes are not a list of numbers")
+    return keys.astype(int).tolist()
+
+
+def floats(maps):
+    if not isinstance(maps, np.ndarray) or maps.dtype.kind not in "biuf" or maps.nbytes > ROOM:
+        raise ValueError("its maps are no array of numbers")
+    with np.errstate(over="ignore"):
+        return maps.astype(np.float32)
 
 
 def resize_maps(cam, size):

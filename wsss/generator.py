@@ -13,7 +13,6 @@ import re
 from argparse import Namespace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -406,13 +405,16 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
         copies, state = len(state), irn_names(state, path)
         around.append(f"{copies - len(state)} copies that agree")
     own = content.get("args")
-    known = own.get("pool") if isinstance(own, dict) else None                        # of others it is no dict
+    known = own.get("pool") if isinstance(own, dict) and own.get("pool") in ("max", "avg") else None            # of others it is no dict
     try:
-        model, kind = shaped_like(state, known or pool or "max", drop_path)
+        with torch.device("meta"):                                # first without memory: the file may say any size
+            empty, kind = shaped_like(state, known or pool or "max", drop_path)
     except (IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{path}: its tensors make no mask generator ({' '.join(str(error).split())[:200]})") from None
-    if model is None:
+    if empty is None:
         raise ValueError(f"{path}: not a mask generator ({what_else(state, content)})")
+    load_strictly(path, lambda state: empty.load_state_dict(state, assign=True), state)
+    model, _ = shaped_like(state, known or pool or "max", drop_path)
     load_strictly(path, model.load_state_dict, state)
     if model.pool and known and pool not in (None, known):
         raise ValueError(f"{path}: trained with --pool {known}: leave --pool {pool} out, or train it again with that")
@@ -426,9 +428,11 @@ def load_generator(path, pool=None, classes=None, drop_path=0.1):
         kind += ", of COCO's 90 ids the 80 in use"
     elif classes is not None and found != len(classes):
         raise ValueError(f"{path}: maps {found} classes, the data folder has {len(classes)}: give the --data it was trained on, or another generator")
+    if not (names is None or isinstance(names, list) and all(isinstance(name, str) for name in names)):
+        raise ValueError(f"{path}: its classes are no list of names: take another file")
     if classes is not None and names not in (None, list(classes)):
         other = next((n for n, pair in enumerate(zip(names, classes)) if pair[0] != pair[1]), 0)
-        raise ValueError(f"{path}: trained on other classes, its class {other} is {names[other]!r}, the data folder's {classes[other]!r}: give the --data it was trained on")
+        raise ValueError(f"{path}: trained on other classes, its class {other} is {names[other]!r:.60}, the data folder's {classes[other]!r:.60}: give the --data it was trained on")
     if "stage" not in content:
         said(path, f"{kind}, {found} classes", around)
     return model
@@ -449,7 +453,7 @@ def shaped_like(state, pool, drop_path):
 def what_else(state, content):
     """What a file that is no generator is, as far as its names tell."""
     if "stage" in content:
-        return f"it is of stage {content['stage']!r}: give a cls.pt, match.pt or refine.pt"
+        return f"it is of stage {content['stage']!r:.40}: give a cls.pt, match.pt or refine.pt"
     if "adaptive_attention_fusion.fc.0.weight" in state:
         return "WeakTr's first release, whose fusion had other weights: take the present one"
     if {"cls_token", "head.weight"} <= state.keys() or {"fc.weight", "layer4.0.conv1.weight"} <= state.keys() or "trunk.0.weight" in state:
@@ -487,6 +491,7 @@ def state_of(content, path):
     state = content[wrapper] if wrapper else content
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model' or 'state_dict'")
+    state = dict(state)                                           # without its metadata, which can tell load_state_dict to take tensors as they are
     around = [f"{wrapper!r} around it"] if wrapper else []
     if wrapper and len(content) > 1:
         around.append(f"{', '.join(str(name) for name in content if name != wrapper)} beside it")
@@ -494,6 +499,10 @@ def state_of(content, path):
         state = {name.removeprefix("module."): value for name, value in state.items()}
         around.append("module. before every name")
     for name, value in state.items():
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise ValueError(f"{path}: {name} is no plain tensor of real numbers: take another file")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes() or value.numel() == 0:
+            raise ValueError(f"{path}: {name} says {tuple(value.shape)}, its file holds other numbers: it is damaged, or made to unpack without end"[:400])
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: its training broke down or the file is damaged; take another one")
     return state, around
@@ -519,10 +528,18 @@ def read(path):
         raise ValueError(f"{path}: not a checkpoint of plain tensors ({reason(error)})") from None
 
 
-# The public trainers keep their arguments, a Namespace, and their mIoU, a number of numpy's, beside the weights. Neither can run code.
-SCALAR = np.float64(0).__reduce__()[0]
-PLAIN = [Namespace, np.dtype, type(np.dtype(np.float64)), type(np.dtype(np.float32)),
-         *((SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core"))]
+class Left:
+    """Stands for numpy's numbers, which are left out: its own dtype and scalar would take bytes for addresses."""
+
+    def __init__(self, *_):
+        pass
+
+    def __setstate__(self, state):
+        pass
+
+
+# The public trainers keep their arguments, a Namespace, and their mIoU, a number of numpy's, beside the weights.
+PLAIN = [Namespace, *((Left, name) for name in ("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"))]
 
 
 def reason(error):

@@ -75,8 +75,10 @@ def block_outputs(clip, images):
     return [x[:, 1:] for x in inputs[1:]], grid
 
 
-def stored_inputs(folder, ids, make):
-    """What make() -> x, attention, grid gives for the pictures `ids`, by way of half precision in folder/<id>.pt; read from there if all are there."""
+def stored_inputs(folder, ids, make, sound=lambda path: path):
+    """What make() -> x, attention, grid gives for the pictures `ids`, by way of half precision in folder/<id>.pt; read from there if all are there.
+
+    `sound`: is asked about a file before torch reads it (common.sound)."""
     paths = [Path(folder) / f"{id}.pt" for id in ids]
     if not all(path.exists() for path in paths):
         x, attention, grid = make()
@@ -95,9 +97,14 @@ def stored_inputs(folder, ids, make):
     stored = []
     for path in paths:
         try:
-            stored.append(torch.load(path, weights_only=True))
+            x, attention, (h, w) = torch.load(sound(path), weights_only=True)
+            if x.dtype != torch.half or attention.dtype != torch.half or x.dim() != 2 or attention.shape != (h * w, h * w) or len(x) != 1 + h * w:
+                raise ValueError("other tensors")
+            if not (x.isfinite().all() and attention.isfinite().all()) or stored and (h, w) != tuple(stored[0][2]):
+                raise ValueError("NaN, or another size")
+            stored.append((x, attention, (h, w)))
         except Exception as error:                                                    # zip, pickle and torch each raise their own for a torn file
-            raise ValueError(f"{path} is damaged ({(str(error).splitlines() or [type(error).__name__])[0]}): remove it and run again") from None
+            raise ValueError(f"{path} is damaged ({type(error).__name__}): remove it and run again") from None
     x, attention = (torch.stack([row[i] for row in stored]).float() for i in (0, 1))
     return x, attention, tuple(stored[0][2])
 

@@ -103,6 +103,7 @@ def rebuild_mask2former(content, path, name=None):
     """The network that a seg.pt holds, from its own configuration: no connection is needed. Another than `name`, where given, is refused."""
     if not isinstance(content.get("config"), dict):
         raise ValueError(f"{path}: not a Mask2Former of ours (train_seg.py writes seg.pt); of others give the name or the folder")
+    tame(content["config"], path)
     config = transformers().Mask2FormerConfig.from_dict(content["config"])
     check_swin(path, config.backbone_config, name or content["args"]["model"])
     if config.num_labels != 1 + len(content["classes"]):
@@ -110,6 +111,17 @@ def rebuild_mask2former(content, path, name=None):
     model = Mask2Former(content["config"])
     load_strictly(path, model, content["model"])
     return model
+
+
+def tame(config, path):
+    """Refuses a configuration that asks for a download, or for sizes that no Mask2Former has."""
+    todo, count = [config], 0
+    while todo:
+        value, count = todo.pop(), count + 1
+        downloads = isinstance(value, dict) and any(value.get(name) for name in ("backbone", "use_timm_backbone", "use_pretrained_backbone"))
+        if downloads or count > 10_000 or isinstance(value, int) and abs(value) > 1 << 15:
+            raise ValueError(f"{path}: its configuration is none of a Mask2Former of ours: train it again")
+        todo += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
 
 
 def start_mask2former(name, num_classes, init, find):
@@ -171,6 +183,6 @@ def plain(config):
 def load_strictly(path, model, state):
     """Every name and shape must fit, and the first that does not is named."""
     try:
-        model.load_state_dict(state)
+        model.load_state_dict(dict(state))                        # without its metadata, which can tell torch to take tensors as they are
     except RuntimeError as error:
         raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None

@@ -393,17 +393,31 @@ def load_segmenter(path, encode=None):
     """seg.pt -> the network in eval mode, whatever its kind and its number of classes. A clip_decoder needs `encode`, its frozen CLIP."""
     content = read(path)
     state, args = state_of(content, path), content.get("args")
-    if content.get("stage") != "seg" or args["model"] not in NAMES:
+    if content.get("stage") != "seg" or not isinstance(args, dict) or args.get("model") not in NAMES:
         raise ValueError(f"{path}: not a segmentation network of ours (train_seg.py writes seg.pt)")
+    classes, crop = content.get("classes"), args.get("crop", 0)
+    if not isinstance(classes, list) or not 0 < len(classes) < 255 or type(crop) is not int or not 0 <= crop <= 4096:
+        raise ValueError(f"{path}: its classes or its --crop are none: train it again")
     if "prototypes" in state:
-        first, blocks = state["steps.0.1.weight"], sum(name.startswith("steps.") and name.endswith(".1.weight") for name in state)
-        model = ClipDecoder(encode, first.shape[1], blocks, state["prototypes"], len(content["classes"]), state["tau"].item(), len(first))
+        try:
+            with torch.device("meta"):                            # first without memory: the file may say any size
+                load_strictly(path, lambda state: decoder_like(state, classes, encode).load_state_dict(state, assign=True), state)
+            model = decoder_like(state, classes, encode)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError, ZeroDivisionError) as error:
+            raise ValueError(f"{path}: its tensors make no decoder ({' '.join(str(error).split())[:200]})") from None
     else:
-        model = build_segmenter(args["model"], len(content["classes"]))
+        model = build_segmenter(args["model"], len(classes))
         if args["model"] in SEGMENTER:
-            model.window = args["crop"], 2 * args["crop"] // 3                # pictures as large as in training, a third of them shared
+            crop = crop or SEGMENTER[args["model"]]["window"][0]
+            model.window = crop, 2 * crop // 3                    # pictures as large as in training, a third of them shared
     load_strictly(path, model.load_state_dict, state)
     return model.eval()
+
+
+def decoder_like(state, classes, encode):
+    """The ClipDecoder whose sizes are those of a checkpoint."""
+    first, blocks = state["steps.0.1.weight"], sum(name.startswith("steps.") and name.endswith(".1.weight") for name in state)
+    return ClipDecoder(encode, first.shape[1], blocks, state["prototypes"], len(classes), state["tau"].item(), len(first))
 
 
 def read(path):
@@ -426,9 +440,14 @@ def state_of(content, path):
     state = content[wrapper] if wrapper else content
     if not isinstance(state, dict) or not state or not all(isinstance(name, str) and torch.is_tensor(value) for name, value in state.items()):
         raise ValueError(f"{path}: holds no state dict, neither at the top nor under 'model' or 'state_dict'")
+    state = dict(state)                                           # without its metadata, which can tell load_state_dict to take tensors as they are
     if all(name.startswith("module.") for name in state):
         state = {name.removeprefix("module."): value for name, value in state.items()}
     for name, value in state.items():
+        if type(value) not in (torch.Tensor, torch.nn.Parameter) or value.device.type != "cpu" or value.layout != torch.strided or value.is_quantized or value.is_complex():
+            raise ValueError(f"{path}: {name} is no plain tensor of real numbers: take another file")
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes() or value.numel() == 0:
+            raise ValueError(f"{path}: {name} says {tuple(value.shape)}, its file holds other numbers: it is damaged, or made to unpack without end"[:400])
         if value.is_floating_point() and not value.isfinite().all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: its training broke down or the file is damaged; take another one")
     return state
@@ -438,5 +457,5 @@ def load_strictly(path, load, state):
     """Every name and shape must fit, and the first that does not is named."""
     try:
         load(state)
-    except RuntimeError as error:
+    except (IndexError, KeyError, RuntimeError, TypeError) as error:
         raise ValueError(f"{path} does not fit this network: {' '.join(str(error).split())[:300]}") from None

@@ -17,6 +17,7 @@ from PIL import Image
 
 # Bytes of an array in .npz, at most, for each pixel of the picture: a few bytes can unpack to gigabytes. 512 are 4096 masks of the whole picture.
 ROOM = {"bits": 512, "size": 64, "boxes": 64, "level": 64, "score": 64, "stability": 64}
+MOST = 4096, 1 << 29                                                       # segments of one picture in others' layouts; bytes of an array, whatever the picture
 
 
 class Segment(NamedTuple):
@@ -91,6 +92,8 @@ def load_segments(path, size, unpickler=None):
 def load_levels(path):
     """Levels (S,) of what save_segments wrote, without its masks: to count them."""
     with refusing(path), np.load(path, allow_pickle=False) as file:
+        if file.zip.getinfo("level.npy").file_size > MOST[1]:
+            raise ValueError("its level is larger than any")
         return file["level"]
 
 
@@ -99,21 +102,21 @@ def refusing(path):
     try:
         yield
     except Exception as error:                                             # zip, numpy, pickle and PIL each raise what a foreign file's bytes provoke
-        raise ValueError(f"{path} holds no segments of its picture ({(str(error).splitlines() or [type(error).__name__])[0]}): "
-                         "make them again, or give another --segments") from None
+        reason = (str(error).splitlines() or [""])[0][:300] or type(error).__name__
+        raise ValueError(f"{path} holds no segments of its picture ({reason}): make them again, or give another --segments") from None
 
 
 def read_packed(path, size):
     """What save_segments wrote."""
     with np.load(path, allow_pickle=False) as file:
-        large = [name for name, room in ROOM.items() if file.zip.getinfo(f"{name}.npy").file_size > room * size[0] * size[1] + 1024]
+        large = [name for name, room in ROOM.items() if file.zip.getinfo(f"{name}.npy").file_size > min(room * size[0] * size[1] + 1024, MOST[1])]
         if large:
             raise ValueError(f"its {large[0]} are larger than any segments of a picture of {size[1]}x{size[0]}")
         of, boxes, bits, level, score, stability = (file[name] for name in ("size", "boxes", "bits", "level", "score", "stability"))
     kinds = [(boxes, "i", (len(boxes), 4)), (bits, "u", (bits.size,)), (level, "u", (len(boxes),)), (score, "f", (len(boxes),)), (stability, "f", (len(boxes),))]
     if any(array.dtype.kind != kind or array.shape != shape for array, kind, shape in kinds) or bits.dtype != np.uint8:
         raise ValueError("its arrays are not those that make_segments.py writes")
-    same_size(of.tolist(), size)
+    same_size(of.tolist() if of.shape == (2,) else of.shape, size)
     corners, ends = boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64)
     lengths = -(-(ends - corners).prod(1) // 8)
     if (corners < 0).any() or (corners >= ends).any() or (ends > size).any() or lengths.sum() != len(bits):
@@ -131,28 +134,39 @@ def read_fma(path, size, unpickler):
         raise ValueError("a pickle can run code, and no unpickler was given")
     found = []
     with open(path, "rb") as file:
-        for each in unpickler(file).load():
-            mask = each["segmentation"]
-            if isinstance(mask, dict):                                     # first the number of pixels outside, then inside, ...
-                same_size(mask["size"], size)
-                if isinstance(mask["counts"], (str, bytes)):
-                    raise ValueError("its run lengths are compressed, SAM's coco_rle: only uncompressed_rle and binary_mask are read")
-                if sum(mask["counts"]) != size[0] * size[1] or min(mask["counts"]) < 0:
-                    raise ValueError("its run lengths do not fill the picture")
-                mask = np.repeat(np.arange(len(mask["counts"])) % 2 == 1, mask["counts"]).reshape(size[::-1]).T
-            found += checked(mask, size, each.get("level", 0), each.get("predicted_iou", np.nan), each.get("stability_score", np.nan))
+        table = unpickler(file).load()
+    if not isinstance(table, list) or len(table) > MOST[0]:
+        raise ValueError(f"it holds no list of at most {MOST[0]:,} segments but {type(table).__name__}")
+    for each in table:
+        mask = each["segmentation"]
+        if isinstance(mask, dict):                                         # first the number of pixels outside, then inside, ...
+            same_size(mask["size"], size)
+            if isinstance(mask["counts"], (str, bytes)):
+                raise ValueError("its run lengths are compressed, SAM's coco_rle: only uncompressed_rle and binary_mask are read")
+            if len(mask["counts"]) > size[0] * size[1] + 1 or sum(mask["counts"]) != size[0] * size[1] or min(mask["counts"]) < 0:
+                raise ValueError("its run lengths do not fill the picture")
+            mask = np.repeat(np.arange(len(mask["counts"])) % 2 == 1, mask["counts"]).reshape(size[::-1]).T
+        if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biuf":
+            raise ValueError("a mask in it is no array of numbers")
+        found += checked(mask, size, each.get("level", 0), each.get("predicted_iou", np.nan), each.get("stability_score", np.nan))
     return found
 
 
 def read_label_map(path, size):
     """A PNG of segment numbers, of 8 or 16 bits. Every number is a segment, 0 too."""
-    return label_segments(read_numbers(path, size))
+    numbers = read_numbers(path, size)
+    if len(np.unique(numbers)) > MOST[0]:
+        raise ValueError(f"it numbers more than {MOST[0]:,} segments")
+    return label_segments(numbers)
 
 
 def read_masks(path, size):
     """A folder of black and white PNGs, a segment each, as SAM's amg.py writes it; its metadata.csv is not needed."""
     found = []
-    for file in sorted(path.glob("[!.]*.png")):
+    files = sorted(path.glob("[!.]*.png"))
+    if len(files) > MOST[0]:
+        raise ValueError(f"more than {MOST[0]:,} of them")
+    for file in files:
         values = read_numbers(file, size)
         if ((values != 0) & (values != values.max())).any():
             raise ValueError(f"{file.name} is not black and white")
@@ -161,7 +175,9 @@ def read_masks(path, size):
 
 
 def read_numbers(path, size):
-    with Image.open(path) as image:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is no file")                        # a pipe would be read forever
+    with Image.open(path, formats=["PNG"]) as image:
         same_size(image.size[::-1], size)                                  # before it is decoded
         if image.mode not in ("1", "L", "P", "I", "I;16"):
             raise ValueError(f"{path.name} has mode {image.mode}, not a number a pixel")
@@ -176,5 +192,7 @@ def checked(mask, size, *facts):
 
 
 def same_size(found, size):
+    if len(found) > 3 or not all(isinstance(n, (int, np.integer)) for n in found):
+        raise ValueError("its size is no pair of numbers")
     if tuple(found) != tuple(size):
-        raise ValueError(f"of {found[1]}x{found[0]} pixels, its picture has {size[1]}x{size[0]}" if len(found) == 2 else f"of shape {tuple(found)}")
+        raise ValueError(f"of {found[1]}x{found[0]} pixels, its picture has {size[1]}x{size[0]}" if len(found) == 2 else f"of shape {tuple(found)}"[:60])
