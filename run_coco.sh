@@ -31,7 +31,7 @@ OUT=${OUT:-runs/$name}
 DATA=${DATA:-data/coco}
 START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} small=${LOOK:+--crop 64} points=${LOOK:+--points 2 --crop-layers 0}
-[ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS" --)       # --: else torchrun takes --start for one of its own
+[ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 if [ -d "$COCO/JPEGImages" ]; then DATA=$COCO; else "$PYTHON" prepare_data.py coco --coco "$COCO" --out "$DATA"; fi
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16) more=("$@")
 
@@ -42,7 +42,7 @@ if [ "$METHOD$HOST" = semplesclims ]; then
     # res50_cam.pth; a finished CLIMS would be trained on. Thresholds: CLIMS divides its maps by their maximum, here they are min-max scaled.
     sgd="--optimizer sgd --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --batch-size 16 --crop 512 --min-scale 0.5 --no-randaugment --erase 0"
     clims="--train-backbone --lambda-match 2 --lambda-b 7 --lambda-cbs 1.25 --lambda-reg 0.2 --tau-cbs 0.285 --background-texts clims --mask-fill mean"
-    stage train_cls.py "${shared[@]}" --split train --generator resnet50 --start "$START" ${INIT:+--init "$INIT"} --train-backbone $sgd --epochs 5 --lr 0.1 $once $small
+    stage train_cls.py "${shared[@]}" --split train --generator resnet50 --backbone "$START" ${INIT:+--init "$INIT"} --train-backbone $sgd --epochs 5 --lr 0.1 $once $small
     stage train_match.py "${shared[@]}" --split train --clip "$CLIP32" $sgd $clims --epochs 15 --lr 2.5e-4 $once $small
     stage train_prompt.py "${shared[@]}" --split train --clip "$CLIP32" --batch-size 128 --epochs 60 --lr 2.5e-3 \
         --weight-decay 0.03 --lambda-t 0.01 --lambda-i 1 --repel one_minus --prompt-length 30 --prompt-init uniform --views 0 \
@@ -53,7 +53,7 @@ if [ "$METHOD$HOST" = semplesclims ]; then
     stage make_pseudo.py "${shared[@]}" --split train --background constant --threshold 0.1 --crf --preset irn --iterations 10 --ignore-below 0
 elif [ "$METHOD" = semples ]; then
     # hardware, time, score: not yet measured (paper: V100s; it scores neither maps nor masks here). Classifier: WeakTr's rate, 2e-4 x batch / 512.
-    stage train_cls.py "${shared[@]}" --split train --generator deit_small --start "$START" ${INIT:+--init "$INIT"} --pool avg \
+    stage train_cls.py "${shared[@]}" --split train --generator deit_small --backbone "$START" ${INIT:+--init "$INIT"} --pool avg \
         --reduction 4 --train-backbone --batch-size 64 --epochs 60 --lr 2.5e-5 --weight-decay 0.03 --warmup 5 --warmup-lr 1e-6 \
         --min-lr 1e-5 --crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
     stage train_match.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 32 --epochs 60 --lr 3.2e-7 --weight-decay 0.03 \

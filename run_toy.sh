@@ -36,7 +36,7 @@ stage make_toy.py --out "$DATA" $PICTURES
 stage prepare_data.py check "$DATA"
 
 shared=(--data "$DATA" --out "$OUT" --seed "$SEED" $SHARED) clip=(--clip "$DATA/clip.pt") more=("$@")
-stage train_cls.py "${shared[@]}" $CLS --start "$DATA/backbone.pt"
+stage train_cls.py "${shared[@]}" $CLS --backbone "$DATA/backbone.pt"
 stage train_match.py "${shared[@]}" "${clip[@]}" $MATCH
 stage train_prompt.py "${shared[@]}" "${clip[@]}" $PROMPT
 stage train_refine.py "${shared[@]}" "${clip[@]}" $REFINE

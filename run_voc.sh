@@ -32,7 +32,7 @@ name=${name%_semples}${LOOK:+_look}
 OUT=${OUT:-runs/$name}
 DATA=$VOC START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} small=${LOOK:+--crop 64} points=${LOOK:+--points 2 --crop-layers 0}
-[ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS" --)       # --: else torchrun takes --start for one of its own
+[ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp bf16) more=("$@")
 
 [ -z "${SBD:-}" ] || "$PYTHON" prepare_data.py voc --voc "$VOC" --sbd "$SBD"
@@ -44,7 +44,7 @@ if [ "$METHOD$HOST" = semplesclims ]; then
     # res50_cam.pth; a finished CLIMS would be trained on. Thresholds: CLIMS divides its maps by their maximum, here they are min-max scaled.
     sgd="--optimizer sgd --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --batch-size 16 --crop 512 --min-scale 0.5 --no-randaugment --erase 0"
     clims="--train-backbone --lambda-match 10 --lambda-b 2.4 --lambda-cbs 1 --lambda-reg 0.2 --tau-cbs 0.26 --background-texts clims --mask-fill mean"
-    stage train_cls.py "${shared[@]}" --split train_aug --generator resnet50 --start "$START" ${INIT:+--init "$INIT"} --train-backbone $sgd --epochs 5 --lr 0.1 $once $small
+    stage train_cls.py "${shared[@]}" --split train_aug --generator resnet50 --backbone "$START" ${INIT:+--init "$INIT"} --train-backbone $sgd --epochs 5 --lr 0.1 $once $small
     stage train_match.py "${shared[@]}" --split train_aug --clip "$CLIP32" $sgd $clims --epochs 15 --lr 2.5e-4 $once $small
     stage train_prompt.py "${shared[@]}" --split train_aug --clip "$CLIP32" --batch-size 128 --epochs 60 --lr 0.025 \
         --weight-decay 0.03 --lambda-t 0.02 --lambda-i 1 --repel one_minus --prompt-length 30 --prompt-init uniform --views 0 \
@@ -55,7 +55,7 @@ if [ "$METHOD$HOST" = semplesclims ]; then
     stage make_pseudo.py "${shared[@]}" --split train_aug --background constant --threshold 0.15 --crf --preset irn --iterations 10 --ignore-below 0
 elif [ "$METHOD" = semples ]; then
     # hardware, time, score: not yet measured (paper: V100s; mIoU 68.7 of the maps and 78.4 of the masks on train, 73.9 of DeepLab on val)
-    stage train_cls.py "${shared[@]}" --split train_aug --generator deit_small --start "$START" ${INIT:+--init "$INIT"} --pool max \
+    stage train_cls.py "${shared[@]}" --split train_aug --generator deit_small --backbone "$START" ${INIT:+--init "$INIT"} --pool max \
         --reduction 8 --train-backbone --batch-size 64 --epochs 60 --lr 7.5e-5 --weight-decay 0.03 --warmup 5 --warmup-lr 1e-6 \
         --min-lr 1e-5 --crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 $once
     stage train_match.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 64 --epochs 60 --lr 6.4e-5 --weight-decay 0.03 \

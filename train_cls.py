@@ -11,7 +11,7 @@ coarse maps and of its fine maps. All of the backbone trains here; the later sta
     python train_cls.py --data /data/VOC2012 --out runs/voc --init weaktr.pth          # a published generator as it is, no training
     python train_cls.py --data /data/VOC2012 --out runs/clims --generator resnet50 --optimizer sgd --lr 0.1 --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 \\
         --epochs 5 --batch-size 16 --crop 512 --min-scale 0.5 --no-randaugment --erase 0                                                                 # CLIMS's
-    python train_cls.py --data data/toy --out runs/toy --split train --generator cnn_toy --start data/toy/backbone.pt --crop 96
+    python train_cls.py --data data/toy --out runs/toy --split train --generator cnn_toy --backbone data/toy/backbone.pt --crop 96
 """
 import argparse
 
@@ -24,7 +24,7 @@ from wsss import common, data, generator, losses
 def parse():
     p = common.parser(__doc__, batch_size=64)
     p.add_argument("--generator", choices=list(generator.NAMES), default="deit_small", help="architecture of S")
-    p.add_argument("--start", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file (torchrun has a --start-method: there, put -- before train_cls.py)")
+    p.add_argument("--backbone", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file")
     p.add_argument("--pool", choices=["max", "avg"], help="pooling of attention fusion; left out: what the file of --init says, else max (max: VOC, avg: COCO)")
     p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
@@ -40,7 +40,7 @@ def parse():
 def build(args, classes):
     if args.init:
         return generator.load_generator(args.init, args.pool, classes)
-    start = None if args.start == "none" else args.start
+    start = None if args.backbone == "none" else args.backbone
     return generator.build_generator(args.generator, len(classes), args.pool or "max", args.reduction, start, args.drop_path)
 
 
@@ -56,7 +56,7 @@ def main():
     args = parse()
     env = common.Env(args)
     out, last = args.out / "cls.pt", args.out / "cls.last.pt"
-    args.inputs = common.inputs(start=args.init or args.start)
+    args.inputs = common.inputs(start=args.init or args.backbone)
     if common.finished(out, args):
         return env.close(f"{out} is finished")
     common.claim(out)

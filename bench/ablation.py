@@ -113,7 +113,7 @@ def run_pair(number, args):
         found[name] = {"miou": 100 * scores["miou"], "iou": scores["iou"], **measure(folder, ids, labels, out / f"cam_{source}", draw)}
 
     clip = ["--clip", world / "clip.pt"]
-    stage("train_cls.py", *shared(base), *flags["CLS"], "--start", world / "backbone.pt")
+    stage("train_cls.py", *shared(base), *flags["CLS"], "--backbone", world / "backbone.pt")
     if "cls" not in found:
         score("cls", base, "cls")
     waiting = [row for row in args.rows if row not in found]

@@ -94,7 +94,7 @@ def linked(out, *weights):
 
 def cnn(pair):
     flags, start, out = pair.flags, pair.root / "cnn", pair.root / "semples"
-    stage("train_cls.py", *pair.shared(start), *flags["CLS"], "--start", pair.world / "backbone.pt")
+    stage("train_cls.py", *pair.shared(start), *flags["CLS"], "--backbone", pair.world / "backbone.pt")
     yield "cnn", start, "cls"
     linked(out, start / "cls.pt")
     stage("train_match.py", *pair.shared(out), *pair.clip(), *flags["MATCH"])
@@ -106,7 +106,7 @@ def cnn(pair):
 def clims(pair):
     start = pair.root / "clims"
     losses = [*pair.clip(), *CLIMS, "--background-texts", pair.world / "backgrounds.txt"]
-    stage("train_cls.py", *pair.shared(start), *CLIMS_CLS, "--start", pair.world / "backbone.pt")
+    stage("train_cls.py", *pair.shared(start), *CLIMS_CLS, "--backbone", pair.world / "backbone.pt")
     stage("train_match.py", *pair.shared(start), *losses)
     yield "CLIMS", start, "match"
     stage("train_prompt.py", *pair.shared(start), *pair.clip(), *pair.flags["PROMPT"])

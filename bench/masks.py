@@ -44,7 +44,7 @@ def run_pair(number, args):
         found[name] = 100 * json.loads((out / f"eval_{report}_{ROWS[name]}.json").read_text())["miou"]
 
     clip = ["--clip", world / "clip.pt"]
-    stage("train_cls.py", *shared(base), *flags["CLS"], "--start", world / "backbone.pt")
+    stage("train_cls.py", *shared(base), *flags["CLS"], "--backbone", world / "backbone.pt")
     stage("train_match.py", *shared(base), *clip, *flags["MATCH"])
     stage("train_prompt.py", *shared(base), *clip, *flags["PROMPT"])
     stage("train_refine.py", *shared(base), *clip, *flags["REFINE"])

@@ -90,7 +90,7 @@ def measure(root, args):
     for kind in ("cnn_toy", "deit_tiny"):
         S = root / kind
         if kind == "cnn_toy":
-            stage("train_cls.py", "--data", world, "--out", S, "--split", "train", "--workers", 0, "--device", args.device, *flags["CLS"], "--amp", "off", "--start", world / "backbone.pt")
+            stage("train_cls.py", "--data", world, "--out", S, "--split", "train", "--workers", 0, "--device", args.device, *flags["CLS"], "--amp", "off", "--backbone", world / "backbone.pt")
         else:
             S.mkdir()
             classes = torch.load(root / "cnn_toy/cls.pt", weights_only=True)["classes"]

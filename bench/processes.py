@@ -49,9 +49,9 @@ SEG = "--batch-size 3 --iterations 4 --log-every 1 --crop 64"
 NETWORK = "--scales 1 0.75 --batch-size 2"
 # name -> what it reads of the stages before, and its command; CLIP and BACKBONE are files of the toy world
 JOBS = {
-    "cls": ("", f"train_cls.py --generator cnn_toy --start BACKBONE {SMALL}"),
-    "cls_deit": ("", f"train_cls.py --generator deit_tiny --start none --pool avg {SMALL}"),
-    "cls_clims": ("", f"train_cls.py --generator clims_toy --start BACKBONE {TRAIN} --optimizer sgd --lr 0.1"),
+    "cls": ("", f"train_cls.py --generator cnn_toy --backbone BACKBONE {SMALL}"),
+    "cls_deit": ("", f"train_cls.py --generator deit_tiny --backbone none --pool avg {SMALL}"),
+    "cls_clims": ("", f"train_cls.py --generator clims_toy --backbone BACKBONE {TRAIN} --optimizer sgd --lr 0.1"),
     "match": ("cls/cls.pt", f"train_match.py --clip CLIP {SMALL}"),
     "match_deit": ("cls_deit/cls.pt", f"train_match.py --clip CLIP {SMALL} --micro-batch 2"),
     "match_clims": ("cls_clims/cls.pt", f"train_match.py --clip CLIP {CLIMS}"),
@@ -250,7 +250,7 @@ STARTS = {  # kind -> command, and what the error must say where one is due; eac
     "loaders": ("train_match.py --clip CLIP --split few --epochs 1 --batch-size 2 --crop 32 --workers 1", None),
     "pool": ("make_pseudo.py --split few --workers 1", None),
     "scores": ("eval.py --split few --what cam", None),
-    "finished": ("train_cls.py --split few --generator cnn_toy --start BACKBONE --epochs 1", "is finished"),
+    "finished": ("train_cls.py --split few --generator cnn_toy --backbone BACKBONE --epochs 1", "is finished"),
     "one refuses": ("eval.py --split train --limit 3 --what cam", "is missing: run make_cam.py first"),        # the others wait for its share of the third map
     "all refuse": ("make_cam.py --split few --source vision --clip none.pt", "none.pt: no such file"),
 }
@@ -259,7 +259,7 @@ STARTS = {  # kind -> command, and what the error must say where one is due; eac
 def stopwatch(words, processes, limit=60):
     """A start under torchrun -> (seconds, exit status or None if it had to be killed, its output, the processes it left)"""
     mark, start = f"START={time.time_ns()}", time.time()
-    head = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+    head = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **dict([mark.split("=")])}
     started = subprocess.Popen([*head, *words], cwd=ROOT, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     try:

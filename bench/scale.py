@@ -112,7 +112,7 @@ class Bench:
         """-> seconds a step on `pictures` with `pairs` each, MB"""
         pictures = pictures or self.args.pictures
         clip = ["--clip", self.root / "clip.pt", "--init", self.root / f"generator_{classes}.pt"]
-        flags = {"train_cls.py": ["--start", "none"], "train_refine.py": [*clip, "--prompts", "random"]}.get(script, clip)
+        flags = {"train_cls.py": ["--backbone", "none"], "train_refine.py": [*clip, "--prompts", "random"]}.get(script, clip)
         ready = dict(pictures=pictures, pairs=pairs * pictures, classes=classes, crop=crop, steps=self.args.steps)
         return self.measure(script, flags, processes, classes, ready=ready, **clock)
 

@@ -52,7 +52,7 @@ def voc(tmp_path):
 def run(script, *flags, processes=1, check=True, timeout=120, env=None, **kwargs):
     """Runs a script as a user does; with several processes under torchrun. Returns the finished process, output as text."""
     head = [sys.executable] if processes == 1 else [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}", "--"]
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     done = subprocess.run([*head, str(script), *map(str, flags)], cwd=ROOT, capture_output=True, text=True, timeout=timeout,
                           env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}, **kwargs)
     if check:

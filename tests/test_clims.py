@@ -16,7 +16,7 @@ CLIMS = ["--train-backbone", "--lambda-match", "10", "--lambda-b", "2.4", "--lam
 
 
 def flags(script, world, out, *more):
-    own = {"train_cls.py": ["--generator", "clims_toy", "--start", "none", *SGD], "train_prompt.py": ["--lr", "0.01"]}.get(script, [*SGD, *CLIMS])
+    own = {"train_cls.py": ["--generator", "clims_toy", "--backbone", "none", *SGD], "train_prompt.py": ["--lr", "0.01"]}.get(script, [*SGD, *CLIMS])
     clip = [] if script == "train_cls.py" else ["--clip", world / "clip.pt"]
     return ["--data", world / "data", "--out", out, *SHARED, *TRAIN, *own, *clip, *more]
 

@@ -16,7 +16,7 @@ from conftest import LABELS, ROOT, call, make_folder, refused, run
 from wsss import common, data, gradcam
 
 SHARED = ["--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0"]
-TRAIN = ["--generator", "cnn_toy", "--start", "none", "--crop", "24", "--batch-size", "2", "--epochs", "2", "--log-every", "1", "--save-every", "1"]
+TRAIN = ["--generator", "cnn_toy", "--backbone", "none", "--crop", "24", "--batch-size", "2", "--epochs", "2", "--log-every", "1", "--save-every", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ PAIR = """
         if len(steps) == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
     common.Meter.add = strike
-    sys.argv += ["--start", "none"]                          # which torchrun would take for a flag of its own
+    sys.argv += ["--backbone", "none"]                          # which torchrun would take for a flag of its own
     common.run(train_cls.main)
 """
 
@@ -92,7 +92,7 @@ PAIR = """
 def test_a_signal_to_one_rank_stops_all_at_one_step_and_a_refusal_is_the_root_cause(world, tmp_path):
     script, out = tmp_path / "train_cls.py", tmp_path / "out"
     script.write_text(textwrap.dedent(PAIR.format(root=str(ROOT))))
-    long = [flag for flag in flags(world, "train_cls.py", out, "--epochs", "50", "--save-every", "1000") if flag not in ("--start", "none")]
+    long = [flag for flag in flags(world, "train_cls.py", out, "--epochs", "50", "--save-every", "1000") if flag not in ("--backbone", "none")]
     done = run(script, *long, processes=2, check=False, timeout=60)
     assert done.returncode != 0 and done.stderr.count("\ntrain_cls.py: interrupted; step 1 of epoch 2 is saved in") == 1, done.stderr
     state = torch.load(out / "cls.last.pt", weights_only=True)

@@ -56,7 +56,7 @@ def one(tmp_path_factory, tiny_clip):
 
 
 def flags(script, world, out, *more):
-    own = {"train_cls.py": ["--generator", "cnn_toy", "--start", TRUNK, "--lr", "1e-3", "--warmup", "0.5"], "train_prompt.py": ["--lr", "0.01"],
+    own = {"train_cls.py": ["--generator", "cnn_toy", "--backbone", TRUNK, "--lr", "1e-3", "--warmup", "0.5"], "train_prompt.py": ["--lr", "0.01"],
            "train_seg.py": ["--model", "deeplab_toy", "--init", TRUNK, "--label-dir", world / "data/SegmentationClass", "--crop", "33", "--iterations", "4", "--lr", "1e-4"]}
     clip = [] if script in ("train_cls.py", "train_seg.py") else ["--clip", world / "clip.pt"]
     length = [] if script == "train_seg.py" else ["--epochs", "1", "--crop", "24"]

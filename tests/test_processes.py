@@ -73,7 +73,7 @@ def test_nothing_stays_from_epoch_to_epoch(tmp_path, tiny_clip, monkeypatch):
     monkeypatch.setattr(common, "save_state", save_and_look)
     shared = ["--data", tmp_path / "data", "--out", out, "--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0", "--batch-size", "2"]
     train = ["--crop", "16", "--clip", tiny_clip, "--epochs", "12"]
-    assert call("train_cls.py", *shared, "--generator", "cnn_toy", "--start", "none", "--epochs", "1", "--crop", "16").returncode == 0
+    assert call("train_cls.py", *shared, "--generator", "cnn_toy", "--backbone", "none", "--epochs", "1", "--crop", "16").returncode == 0
     for script, *flags in (("train_match.py", *train), ("train_prompt.py", *train, "--views", "2"),
                            ("train_seg.py", "--model", "segmenter_toy", "--init", "none", "--crop", "32", "--iterations", "24", "--save-every", "2",
                             "--label-dir", tmp_path / "data/SegmentationClass")):

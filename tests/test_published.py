@@ -213,7 +213,7 @@ def test_a_coco_generator_through_the_stages(tmp_path, tiny_clip):
 def test_pooling_goes_with_the_file(voc, tmp_path, tiny_clip):
     """avg, said once, is what later stages train and map with, and what they save; another one is refused."""
     out = tmp_path / "out"
-    done = call("train_cls.py", "--data", voc, "--out", out, *TRAIN, "--generator", "deit_tiny", "--start", "none", "--pool", "avg")
+    done = call("train_cls.py", "--data", voc, "--out", out, *TRAIN, "--generator", "deit_tiny", "--backbone", "none", "--pool", "avg")
     assert done.returncode == 0, done.stderr
     stages = (("train_match.py", "match", []), ("train_prompt.py", "prompts", ["--prompt-length", "4"]), ("train_refine.py", "refine", []))
     for script, stage, more in stages:
@@ -238,7 +238,7 @@ def test_pooling_of_a_published_file_is_asked_for(voc, tmp_path):
     line = ["train_cls.py", "--data", voc, "--out", tmp_path / "out", *TRAIN, "--init", path]
     assert call(*line, "--pool", "avg").returncode == 0 and generator.load_generator(tmp_path / "out/cls.pt").pool == "avg"
     refused(call(*line, "--pool", "max"), "--pool avg (now max)")
-    line = ["train_cls.py", "--data", voc, "--out", tmp_path / "cnn", *TRAIN, "--generator", "cnn_toy", "--start", "none"]       # it fuses nothing
+    line = ["train_cls.py", "--data", voc, "--out", tmp_path / "cnn", *TRAIN, "--generator", "cnn_toy", "--backbone", "none"]       # it fuses nothing
     assert call(*line).returncode == 0 and "is finished" in call(*line, "--pool", "max").stdout
     assert generator.load_generator(tmp_path / "cnn/cls.pt", "max").pool is None
 
@@ -285,7 +285,7 @@ def test_imagenet_resnets(imagenet50, tmp_path, capsys):
     model = generator.build_generator("resnet50", 20, start=path)
     assert all(torch.equal(value, state[name]) for name, value in model.backbone.state_dict().items())
     assert f"{path}: resnet50's backbone, 320 tensors; left out: its classifier fc.weight, fc.bias" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="torchvision50.pth: not a mask generator .*--start"):
+    with pytest.raises(ValueError, match="torchvision50.pth: not a mask generator .*--backbone"):
         generator.load_generator(path)
     with pytest.raises(ValueError, match="torchvision50.pth does not fit this network: it has no cls_token"):
         generator.build_generator("deit_small", 20, start=path)

@@ -80,7 +80,7 @@ def test_the_toy_run(tmp_path):
 # Appended to the commands of the README, so that each takes a second; everything else is as it stands there.
 SMALL = "--device cpu --amp off --workers 0 --batch-size 4"
 EPOCHS = "--epochs 1 --crop 32 --min-scale 0.5"
-SMALLER = {"train_cls.py": f"{SMALL} {EPOCHS} --generator deit_tiny --start none", "train_match.py": f"{SMALL} {EPOCHS} --clip CLIP", "train_prompt.py": f"{SMALL} {EPOCHS} --clip CLIP",
+SMALLER = {"train_cls.py": f"{SMALL} {EPOCHS} --generator deit_tiny --backbone none", "train_match.py": f"{SMALL} {EPOCHS} --clip CLIP", "train_prompt.py": f"{SMALL} {EPOCHS} --clip CLIP",
            "train_refine.py": f"{SMALL} {EPOCHS} --clip CLIP", "vpl.py": f"{SMALL} --clip CLIP --steps 5", "make_cam.py": f"{SMALL} --clip CLIP", "make_pseudo.py": SMALL,
            "train_seg.py": f"{SMALL} --init none --iterations 2 --crop 33", "eval.py": SMALL, "report.py": SMALL, "prepare_data.py": ""}
 

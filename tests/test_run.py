@@ -1,5 +1,6 @@
 """run_voc.sh and run_coco.sh. The shell runs them with a python on the PATH that writes down what it is told to do; each line is then
 done in this process (a start costs seconds), on a stand-in in VOC's and in COCO's own layout, with CLIPs that only lack depth."""
+import argparse
 import importlib
 import importlib.util
 import json
@@ -156,6 +157,24 @@ def test_the_other_hosts_and_networks(shell, monkeypatch, tmp_path, script, vari
         ("segmenter_deit_small", 480, 1e-4, 4, 10_582 // 4 * 100) if voc else ("segmenter_deit_small", 480, 1e-3, 16, 1_313_000))
 
 
+@pytest.mark.parametrize("script", sorted(path.name for path in ROOT.glob("*.py") if "common.parser(" in path.read_text()))
+def test_torchrun_takes_no_flag_of_ours_for_its_own(monkeypatch, script):
+    """It refuses a line in which any word begins several of its own options: --start, say, with --start-method and --start_method."""
+    flags = []
+
+    def give(parser):
+        flags.extend(flag for action in parser._actions for flag in action.option_strings)
+        raise EOFError                                                      # what parse() asks of its arguments is not the question here
+
+    with monkeypatch.context() as patch, pytest.raises(EOFError):
+        patch.setattr(argparse.ArgumentParser, "parse_args", give)
+        importlib.import_module(script[:-3]).parse()
+    assert "--data" in flags
+    for flag in flags:
+        read = parse_torchrun(["--standalone", "--nproc_per_node", "4", script, flag, "1"])
+        assert read.training_script_args == [flag, "1"]
+
+
 @pytest.mark.parametrize("script,variable", [("run_voc.sh", "VOC"), ("run_coco.sh", "COCO")])
 def test_gpus_start_and_the_rest_of_the_command_reach_every_stage(shell, monkeypatch, tmp_path, script, variable):
     (tmp_path / "JPEGImages").mkdir()                                       # a prepared folder is not prepared again
@@ -163,17 +182,17 @@ def test_gpus_start_and_the_rest_of_the_command_reach_every_stage(shell, monkeyp
     more = {variable: tmp_path, "SEED": 3, "INIT": "weaktr.pth", "START": "none", "CLIP32": "b32.pt", "CLIP16": "b16.pt"}
     for method in METHODS:
         lines = shell(script, *flags, METHOD=method, GPUS=4, **more)[1]
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4", "--"]
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
         alone = shell(script, *flags, METHOD=method, **more)[1]
         assert len(lines) == len(METHODS[method]) and lines == [torchrun + words for words in alone[:-1]] + alone[-1:]
-        for words in lines[:-1]:                                            # torchrun reads them as they are meant: --start is no --start-method
+        for words in lines[:-1]:                                            # torchrun reads them as they are meant
             read = parse_torchrun(words[2:])
             assert [read.training_script, *read.training_script_args] == words[len(torchrun):]
         for words in alone:
             given = parse(words, monkeypatch)
             assert [given[k] for k in ("limit", "device", "workers", "amp", "seed")] == [64, "cpu", 16, "fp16", 3]
             assert given.get("clip") in (None, "b32.pt" if method == "semples" else "b16.pt", "ViT-B/16")
-            assert "start" not in given or (given["start"], given["init"]) == ("none", "weaktr.pth")
+            assert "backbone" not in given or (given["backbone"], given["init"]) == ("none", "weaktr.pth")
             assert "model" not in given or given["init"] == "none"
         lines = shell(script, "--batch-size", "3", METHOD=method, **more)[1]
         assert all(parse(words, monkeypatch)["batch_size"] == 3 for words in lines)         # what is given wins over the recipe

@@ -220,7 +220,7 @@ def test_wrong_weights_are_refused_by_name(tmp_path):
         segmenter.build_segmenter("deeplab", 3)
 
 
-@pytest.mark.parametrize("module,name,file,flag", [(segmenter, "deeplabv2_resnet101", "resnet101-63fe2227.pth", "--init"), (generator, "resnet50", "resnet50-0676ba61.pth", "--start")])
+@pytest.mark.parametrize("module,name,file,flag", [(segmenter, "deeplabv2_resnet101", "resnet101-63fe2227.pth", "--init"), (generator, "resnet50", "resnet50-0676ba61.pth", "--backbone")])
 def test_imagenet_comes_from_its_publisher_and_nothing_else_stays(monkeypatch, tmp_path, module, name, file, flag):
     """Through torch.hub's folder; a download, and a kept file, of another SHA-256 is refused and removed."""
     url, place, other = f"https://download.pytorch.org/models/{file}", tmp_path / "checkpoints" / file, tmp_path / "x.pth"

@@ -19,7 +19,7 @@ LATER = list(STAGES)[1:]
 
 def flags(script, world, out, *more):
     """The flags of a stage on the tiny world."""
-    own = {"train_cls.py": ["--generator", "deit_tiny", "--start", "none", "--lr", "1e-3", "--warmup", "0.5", "--drop-path", "0"],
+    own = {"train_cls.py": ["--generator", "deit_tiny", "--backbone", "none", "--lr", "1e-3", "--warmup", "0.5", "--drop-path", "0"],
            "train_prompt.py": ["--lr", "0.01"]}.get(script, ["--lr", "1e-3", "--drop-path", "0"])
     clip = [] if script == "train_cls.py" else ["--clip", world / "clip.pt"]
     return ["--data", world / "data", "--out", out, *SHARED, *TRAIN, *own, *clip, *more]

@@ -379,7 +379,7 @@ def download_imagenet(name):
             place.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(place), SHA256[place.name])       # beside, then renamed
     except Exception as error:                                    # no connection, another hash, a full disk: each raises its own
-        raise ValueError(f"no ImageNet weights ({error}): put {url} at {place}, or give --start FILE or --start none") from None
+        raise ValueError(f"no ImageNet weights ({error}): put {url} at {place}, or give --backbone FILE or --backbone none") from None
     try:
         content = read(place)
     except ValueError as error:
@@ -457,7 +457,7 @@ def what_else(state, content):
     if "adaptive_attention_fusion.fc.0.weight" in state:
         return "WeakTr's first release, whose fusion had other weights: take the present one"
     if {"cls_token", "head.weight"} <= state.keys() or {"fc.weight", "layer4.0.conv1.weight"} <= state.keys() or "trunk.0.weight" in state:
-        return "weights of a classifier or backbone: they go to train_cls.py --start"
+        return "weights of a classifier or backbone: they go to train_cls.py --backbone"
     return f"no head with attention fusion and no classifier among its {len(state)} weights, the first {next(iter(state))}"
 
 
