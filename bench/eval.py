@@ -51,7 +51,8 @@ def make_inputs(root, pictures, stride=1, size=SIZE):
 
 def in_one_pass(root):
     """Confusion matrices (20, C, C) as eval.py makes them."""
-    args = argparse.Namespace(out=root / "out", cam="cam", what="cam", background="constant", threshold=0.43, oracle=True, amp="off", seed=0, device="cpu")
+    args = argparse.Namespace(out=root / "out", cam="cam", what="cam", background="constant", threshold=0.43, oracle=True, amp="off", seed=0,
+                              device="cpu", deterministic=False)
     folder, stage.ORACLE = data.Folder(root / "data"), THRESHOLDS
     ids = folder.ids("train")
     return stage.score_maps(args, folder, ids, folder.labels(ids), common.Env(args))[1:, :, :COUNT]
