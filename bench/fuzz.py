@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.insert(0, str(ROOT))                            # before bench/, whose eval.py is not the stage
 import prepare_data  # noqa: E402
 import report  # noqa: E402
 import vpl  # noqa: E402

@@ -36,7 +36,7 @@ import torch.distributed as dist
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT))
+sys.path.insert(0, str(ROOT))                            # before bench/, whose eval.py is not the stage
 from wsss import common, data  # noqa: E402
 
 fork = multiprocessing.get_context("fork")                                # ranks of one parent that has imported everything: no start costs 4 seconds

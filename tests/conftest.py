@@ -4,6 +4,7 @@ import importlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
+signal.signal(signal.SIGINT, signal.default_int_handler)               # a shell's background job ignores Ctrl-C, and so would all that is started here
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")        # as common.Env does for a CPU
 
 from wsss import common, data  # noqa: E402

@@ -983,7 +983,7 @@ def whole(line):
         row = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and isinstance(row.get("step"), (int, float)) and all(not isinstance(v, int) or abs(v) < 1 << 62 for v in row.values())
+    return isinstance(row, dict) and all(isinstance(row.get(name), (int, float)) for name in ("step", "seconds")) and all(not isinstance(v, int) or abs(v) < 1 << 62 for v in row.values())
 
 
 def versions():
