@@ -76,8 +76,8 @@ def main():
     for epoch in range(begin, args.epochs):
         batches.start(epoch, skip)
         for step, (images, labels, numbers) in enumerate(env.progress(loader, f"match {epoch + 1}/{args.epochs}", len(batches), skip), skip + 1):
-            b, k = (x.to(env.device, non_blocking=True) for x in labels.nonzero(as_tuple=True))
-            images = images.to(env.device, non_blocking=True)                                        # (P,) picture and class of every pair
+            b, k = (x.to(env.device, non_blocking=True) for x in labels.nonzero(as_tuple=True))      # (P,) picture and class of every pair
+            images = images.to(env.device, non_blocking=True)
             with env.autocast():
                 every = S(images)[0]                                                    # (B, C, h, w)
                 maps = F.interpolate(every[b, k][:, None], clip.size, mode="bilinear")[:, 0]                         # (P, H, W) of CLIP's input

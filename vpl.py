@@ -187,12 +187,11 @@ def main():
             gradient[len(classes):] = 0
         before = W
         W, lr, norm = losses.prototype_step(before, gradient, lr, norm)                 # Eq. 11
-        shown = step == 1 or step % args.log_every == 0 or step == args.steps
-        if (shown or step % args.save_every == 0) and not ((W.norm(dim=1) - 1).abs() < 1e-3).all():       # NaN is not; a rate that overflows leaves 0
+        shown, stopping = step == 1 or step % args.log_every == 0 or step == args.steps, env.stopping()
+        if (shown or stopping or step % args.save_every == 0) and not ((W.norm(dim=1) - 1).abs() < 1e-3).all():       # NaN is not; a rate that overflows leaves 0
             raise ValueError(f"after step {step} the prototypes are not of unit length: a smaller --lr than {args.lr:g}; the last saved state is from before")
         if shown:
             log(step, loss=loss, norm=norm, lr=lr, gap=gap(before))
-        stopping = env.stopping()
         if env.main and (stopping or step % args.save_every == 0):
             common.save(last, stage="descent", W=W, lr=lr, norm=norm, step=step, classes=classes, args=common.plain(args))
         common.leave(last, step)

@@ -50,14 +50,15 @@ def picture_folder(root, count, width, height):
 
 
 def loader_rate(folder, recipe, workers, pictures, device, whole=False, batch=16):
-    """Pictures a second of an epoch of `pictures` crops, of workers that have started before."""
-    ids = folder.ids("train")
+    """Pictures a second of an epoch of `pictures` crops, at least four batches a worker, of workers that have started before."""
+    ids, pictures = folder.ids("train"), max(pictures, 4 * batch * workers)
     samples = data.Samples(folder, (ids * math.ceil(pictures / len(ids)))[:pictures], data.train_transform(224, **recipe))
     env, decode = SimpleNamespace(device=torch.device(device), shard=list), data.decode
     if whole:
         data.decode = lambda file, least=None: decode(file)
     loader, batches = data.loader(samples, batch, env, workers)
-    next(iter(loader))
+    for _ in loader:                                        # starts the workers, and leaves no batch of theirs on the way
+        pass
     batches.start(1)
     start = time.perf_counter()
     seen = sum(len(images) for images, *_ in loader)

@@ -192,7 +192,8 @@ def batch(pictures, pairs, classes, size):
 
 
 def step(side, name, images, labels):
-    loss = getattr(side, name)(images, labels)
+    with side.autocast():                                         # around all: what is inside keeps the weights that it has cast
+        loss = getattr(side, name)(images, labels)
     loss.backward()
     side.optimizers[name].step(), side.optimizers[name].zero_grad(set_to_none=True)
 
@@ -284,14 +285,14 @@ def main():
     jobs = [(side, name) for row in args.rows for name in STEPS[row] for side in SIDES if hasattr(SIDES[side], name)]
     peaks = {job: peak(*job) for job in jobs}                     # first: a process starts with the resident set of the one that started it
     sides, gflop, times = {side: prepare(side) for side in SIDES}, {}, {job: [] for job in jobs}
-    for name in dict.fromkeys(name for _, name in jobs):
-        turn = [job for job in jobs if job[1] == name]
-        for side, _ in turn:
+    for row in args.rows:
+        turn = [job for job in jobs if job[1] in STEPS[row]]
+        for side, name in turn:
             if name == "stored":
                 step(sides[side], name, images, labels)           # encodes, once
             gflop[side, name] = counted(sides[side], name, images, labels)            # and warms up
         for n in range(args.rounds):
-            for side, _ in turn[::-1 if n % 2 else 1]:
+            for side, name in turn[::-1 if n % 2 else 1]:
                 times[side, name].append(seconds(sides[side], name, args, images, labels))
     text = table(args, gflop, times, peaks)
     hardware = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"

@@ -10,8 +10,10 @@ def leave(number, frame):
     os._exit(128 + number)
 
 
-started = getattr(sys.modules["__main__"], "__file__", None)
-if started and Path(started).resolve().parent == Path(__file__).resolve().parent.parent:        # one of our scripts; common.run takes over from here
+SCRIPTS = {f"{name}.py" for name in ("train_cls", "train_match", "train_prompt", "train_refine", "train_seg", "vpl", "make_toy", "make_cam", "make_segments",
+                                     "make_pseudo", "prepare_data", "eval", "report")}
+started = Path(getattr(sys.modules["__main__"], "__file__", None) or "")
+if started.name in SCRIPTS and started.resolve().parent == Path(__file__).resolve().parent.parent:        # one of ours; common.run takes over from here
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, leave)

@@ -9,7 +9,6 @@
 import argparse
 import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import json
@@ -32,6 +31,10 @@ from concurrent import futures
 from multiprocessing import forkserver
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:
+    sys.exit("this system has no fcntl: the scripts run on Linux, on Windows under WSL")
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -409,8 +412,8 @@ class Stop:
 
     def rest(self):
         sys.unraisablehook = self.hook
-        for number, handler in self.before.items():
-            signal.signal(number, handler or signal.SIG_DFL)
+        for number, handler in self.before.items():           # in a script of ours there is nothing left to interrupt but python's own end
+            signal.signal(number, signal.SIG_IGN if getattr(handler, "__module__", "") == "wsss" else handler or signal.SIG_DFL)
 
     def hear(self, number, frame):
         if os.getpid() != self.pid or "WORLD_SIZE" in os.environ and time.time() < self.time + 1:
@@ -826,15 +829,17 @@ def open_folder(folder, args, env, free, keep=False, **facts):
     if env.main:
         folder.mkdir(parents=True, exist_ok=True)
         for part in folder.glob(".*.part"):                   # of killed runs; where several stages write, of the last hour it may be another's
-            if not keep or time.time() - part.stat().st_mtime > 3600:
-                part.unlink(missing_ok=True)
+            with contextlib.suppress(FileNotFoundError):      # renamed just now
+                if not keep or time.time() - part.stat().st_mtime > 3600:
+                    part.unlink()
         if not args.resume and not (keep and same):
             for path in made:
                 path.unlink(missing_ok=True)
         folder.with_name(f"{folder.name}.json").unlink(missing_ok=True)
         decides = {k: v for k, v in recipe(args).items() if k not in free}
         digest = hashlib.sha256(json.dumps([decides, facts], sort_keys=True).encode()).hexdigest()[:16]
-        save_json(note, {"script": script, "args": plain(args), **facts, "fingerprint": digest})
+        if not (keep and before.get("fingerprint") == digest):                        # else it stands there, and another stage may be reading it
+            save_json(note, {"script": script, "args": plain(args), **facts, "fingerprint": digest})
     env.barrier()
 
 
@@ -887,6 +892,8 @@ def load_state(path, model, optimizer, scheduler, scaler, args):
     load_weights(model, state["model"], path)
     rank = dist.get_rank() if dist.is_initialized() else 0
     try:
+        for group, now in zip(state["optimizer"]["param_groups"], optimizer.param_groups):
+            group["fused"] = now.get("fused")                 # the kernel is this device's; the run may have begun on another
         optimizer.load_state_dict(state["optimizer"])
         scheduler.load_state_dict(state["scheduler"])
         scaler.load_state_dict(state["scaler"])
@@ -920,7 +927,8 @@ def set_rng(rng):
 class Log:
     """<stage>.jsonl: first line arguments and versions, then one line for each log step. Rank 0 writes.
 
-    Resumed at `step`, it drops what was logged after the state that is resumed from: the file reads as if never interrupted."""
+    Resumed at `step`, it drops what was logged after the state that is resumed from: the file reads as if never interrupted, but for a line of the
+    step at which Ctrl-C or SIGTERM saved the state; the next line's means start there."""
 
     def __init__(self, path, args, env, step=0):
         self.path, self.env, self.start = Path(path), env, time.time()

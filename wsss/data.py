@@ -603,9 +603,12 @@ def prompt_texts(folder, prompt="ensemble", template=None):
 
 # ---------------------------------------------------------------- pictures
 
+SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")           # a JPEG's: marker, length 2 n + 6, n components; a phone appends films, which hold the marker by chance
+
+
 def header(path, formats=FORMATS):
     """A picture of which the header is read, and its pixels are not yet."""
-    image = Image.open(regular(path), formats=formats)
+    image = Image.open(regular(path, 1 << 28), formats=formats)
     if image.width * image.height > PIXELS or max(image.size) > 65_535:    # a row costs memory, too
         image.close()
         raise ValueError(f"{image.width}x{image.height} are more than {PIXELS:,} pixels, or a side of more than 65,535: make it smaller")
@@ -634,7 +637,7 @@ def decode(file, least=None):
     """An opened picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white.
 
     With `least` (height, width) a JPEG comes at 1/2, 1/4 or 1/8 of its sides, if both are then still that long: most of its pixels are never made."""
-    if file.format in ("JPEG", "MPO") and Path(file.filename).read_bytes().count(b"\xff\xda") > 100:
+    if file.format in ("JPEG", "MPO") and len(SCAN.findall(Path(file.filename).read_bytes())) > 100:
         raise ValueError("it has more than 100 scans")                     # each of a few bytes can cost as much as the picture
     if least:
         file.draft(None, least if shown_size(file) == file.size else least[::-1])          # draft counts (width, height) of the stored, unturned picture
@@ -954,9 +957,9 @@ def crop_and_augment(crop, augment, path):
         height, width = shown_size(file)
         box = crop.make_params([torch.empty(()).expand(3, height, width)])                 # looks at the shape alone
         image = decode(file, [math.ceil(n * m / box[side]) for n, m, side in zip((height, width), crop.size, ("height", "width"))])
-    x, y = image.width / width, image.height / height                                      # 1, unless it was reduced
+    reduced = max(round(width / image.width), round(height / image.height))                # 1, 2, 4 or 8: its last row and column may be partial ones
     left, top, right, bottom = box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]
-    image = image.crop((round(left * x), round(top * y), round(right * x), round(bottom * y)))
+    image = image.crop([round(n / reduced) for n in (left, top, right, bottom)])
     image = v2.functional.resize(tv_tensors.Image(to_tensor(image)), crop.size, crop.interpolation, antialias=crop.antialias)
     return augment(image).as_subclass(torch.Tensor)
 
