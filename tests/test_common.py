@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -379,3 +380,17 @@ def test_a_folder_belongs_to_the_script_that_made_it(tmp_path, monkeypatch):
     (folder / "a.npy").write_bytes(b"map")
     claim("make_cam.py", resume=False)
     assert not (folder / "a.npy").exists()
+
+
+@pytest.mark.parametrize("extra", ["x/constants.pkl", "CONSTANTS.PKL"])
+def test_only_the_file_that_makes_torchscript_passes_for_it(tmp_path, extra):
+    """torch goes by the exact name at the top; under another one the tensors are read, and must be asked for their sizes."""
+    common.save(tmp_path / "good.pt", stage="cls", model={"w": torch.ones(3)})
+    assert common.sound(tmp_path / "good.pt") == tmp_path / "good.pt"
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "bad.pt", "w") as bad:
+        for part in good.infolist():
+            content = good.read(part)
+            bad.writestr(part.filename, content[:4] if part.filename.endswith("data/0") else content)
+        bad.writestr(f"{good.namelist()[0].split('/')[0]}/{extra}", b"")
+    with pytest.raises(ValueError, match="bad.pt: not a checkpoint of plain tensors .a tensor in it is larger"):
+        common.sound(tmp_path / "bad.pt")

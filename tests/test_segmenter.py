@@ -495,6 +495,10 @@ def test_mask2former_comes_back_without_a_network(mask2former, library, tmp_path
         m2f.rebuild_mask2former(content, path, "mask2former_swin_large")
     with pytest.raises(ValueError, match="its network has 3 classes, its list of classes 4"):
         m2f.rebuild_mask2former({**content, "classes": ["a", "b", "c", "d"]}, path)
+    for asks, word in (({"_attn_implementation": "some/kernel"}, "configuration"), ({"backbone": "resnet50"}, "configuration"), ({"hidden_dim": "x"}, "configuration"),
+                       ({"hidden_dim": 16384}, "more weights than the file holds")):
+        with pytest.raises(ValueError, match=f"seg.pt: its .*{word}.*: train it again"):
+            m2f.rebuild_mask2former({**content, "config": {**content["config"], **asks}}, path)
     del content["model"]["network.class_predictor.bias"]
     with pytest.raises(ValueError, match="seg.pt does not fit this network.*class_predictor.bias"):
         m2f.rebuild_mask2former(content, path)

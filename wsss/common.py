@@ -575,7 +575,7 @@ class Found(dict):
 def read_json(path):
     """The object in a JSON file."""
     try:
-        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 26:
+        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 24:
             raise ValueError("no file, or a large one")
         content = json.loads(Path(path).read_bytes())
         if not isinstance(content, dict) or not isinstance(content.get("args", {}), dict):
@@ -588,7 +588,7 @@ def read_json(path):
 # ---------------------------------------------------------------- checkpoints
 
 # torch.load(weights_only=True) runs no code, but takes a file's word for how much there is. `sound` asks first, for files of ours and for others'.
-ASKED = re.compile(r"torch\._utils _rebuild_(tensor_v2|parameter)|collections (OrderedDict|Counter)|torch (Size|device)|_codecs encode|argparse Namespace|"
+ASKED = re.compile(r"torch\._utils _rebuild_(tensor|tensor_v2|parameter)|collections (OrderedDict|Counter)|torch (Size|device)|_codecs encode|argparse Namespace|"
                    r"numpy dtype|numpy\.(_core|core)\.multiarray scalar|torch (Float|Double|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage")
 BYTES = dict(Float=4, Double=8, Half=2, BFloat16=2, Long=8, Int=4, Short=2, Char=1, Byte=1, Bool=1)
 WORDS = 400_000                                               # of a checkpoint's pickle: 25 a tensor
@@ -603,12 +603,12 @@ def sound(path):
         with open(path, "rb") as file:
             if file.read(4) == b"PK\3\4":                     # torch looks there, too
                 with zipfile.ZipFile(file) as parts:
-                    entries = {part.filename.lower(): part for part in parts.infolist()}
-                    if any(name.endswith("/constants.pkl") for name in entries):
+                    entries = {part.filename.lower(): part for part in parts.infolist()}           # torch's reader of zips knows no case
+                    program, = (name for name in entries if name.endswith("data.pkl"))
+                    if program.removesuffix("data.pkl") + "constants.pkl" in parts.namelist():      # TorchScript, which weights_only=True refuses
                         return path
                     if len(entries) < len(parts.infolist()) or any(part.compress_type for part in entries.values()) or sum(part.file_size for part in entries.values()) > size:
                         raise ValueError("its parts are compressed, or overlap: torch writes them plainly")
-                    program, = (name for name in entries if name.endswith("data.pkl"))
                     with parts.open(entries[program]) as words:
                         claims = read_claims(words, size)
                     rooms = {key: entries[f"{program[:-len('data.pkl')]}data/{key}".lower()].file_size for key in claims}
@@ -663,7 +663,7 @@ def room_of(what, args):
     """Bytes of what a checkpoint's pickle makes by calling `what`; refused if that is more than its storage."""
     if what == "_codecs encode" and args[1:] != ("latin1",):
         raise ValueError("it asks for another encoding")
-    if what != "torch._utils _rebuild_tensor_v2":
+    if what not in ("torch._utils _rebuild_tensor", "torch._utils _rebuild_tensor_v2"):
         return 0
     (_, numbers, each), offset, shape, stride = args[:4]
     if min((offset, *shape, *stride)) < 0 or len(shape) != len(stride) or math.prod(shape) > numbers or 0 in shape and len(shape) > 1:
@@ -980,7 +980,7 @@ class Meter:
 
 
 def log_lines(path):
-    if not path.is_file() or path.stat().st_size > 1 << 30:
+    if not path.is_file() or path.stat().st_size > 1 << 26:
         raise ValueError(f"{path} is no log, but a pipe, a folder or a large file: remove it")
     return path.read_text(errors="replace").splitlines()
 

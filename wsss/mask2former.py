@@ -7,6 +7,7 @@
 Its losses are in losses.py (set_losses): transformers' own know no ignored pixels.
 """
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -104,7 +105,16 @@ def rebuild_mask2former(content, path, name=None):
     if not isinstance(content.get("config"), dict):
         raise ValueError(f"{path}: not a Mask2Former of ours (train_seg.py writes seg.pt); of others give the name or the folder")
     tame(content["config"], path)
-    config = transformers().Mask2FormerConfig.from_dict(content["config"])
+    try:
+        config = transformers().Mask2FormerConfig.from_dict(content["config"])
+        with torch.device("meta"):                                # sizes cost nothing there
+            empty = Mask2Former(content["config"])
+    except ImportError:
+        raise
+    except Exception as error:                                    # transformers' checks each raise their own
+        raise ValueError(f"{path}: its configuration is none of a Mask2Former of ours ({' '.join(str(error).split())[:100]}): train it again") from None
+    if sum(w.numel() for w in empty.state_dict().values()) > 2 * sum(w.numel() for w in content["model"].values() if torch.is_tensor(w)):
+        raise ValueError(f"{path}: its configuration asks for more weights than the file holds: train it again")
     check_swin(path, config.backbone_config, name or content["args"]["model"])
     if config.num_labels != 1 + len(content["classes"]):
         raise ValueError(f"{path}: its network has {config.num_labels - 1} classes, its list of classes {len(content['classes'])}: train it again")
@@ -113,12 +123,15 @@ def rebuild_mask2former(content, path, name=None):
     return model
 
 
+ASKS = re.compile("^backbone$|^use_timm_backbone$|^use_pretrained_backbone$|_implementation|auto_map|name_or_path|kernel_config")       # code or weights of others
+
+
 def tame(config, path):
     """Refuses a configuration that asks for a download, or for sizes that no Mask2Former has."""
     todo, count = [config], 0
     while todo:
         value, count = todo.pop(), count + 1
-        downloads = isinstance(value, dict) and any(value.get(name) for name in ("backbone", "use_timm_backbone", "use_pretrained_backbone"))
+        downloads = isinstance(value, dict) and any(value[name] and ASKS.search(str(name)) for name in value) or isinstance(value, str) and "/" in value
         if downloads or count > 10_000 or isinstance(value, int) and abs(value) > 1 << 15:
             raise ValueError(f"{path}: its configuration is none of a Mask2Former of ours: train it again")
         todo += value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
