@@ -2,13 +2,14 @@
 import io
 import pickle
 import re
+import struct
 import time
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, LABELS
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -278,6 +279,46 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6                                                         # turned by 90 degrees
     assert written(tmp_path / "a.jpg", image, exif=exif).shape == (20, 10, 3)
+
+
+@pytest.mark.parametrize("mode,ending,options", [("RGB", "jpg", {}), ("L", "jpg", {}), ("CMYK", "jpg", {}), ("RGBA", "png", {}), ("RGB", "webp", {"lossless": True}),
+                                                 ("P", "png", {"transparency": bytes(range(0, 240, 30))}), ("P", "png", {"transparency": 3}), ("I;16", "png", {}), ("1", "png", {})])
+def test_pictures_are_turned_as_pillow_turns_them(tmp_path, mode, ending, options):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (9, 14, 3), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 65536, (9, 14)).astype(np.uint16)) if mode == "I;16" else image.quantize(8) if mode == "P" else image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (9, 14), dtype=np.uint8)))
+    path, upright = tmp_path / f"a.{ending}", tmp_path / "b.png"
+    for flag in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = flag
+        image.save(path, exif=exif, **options)
+        with Image.open(path) as file:
+            turned = ImageOps.exif_transpose(file)
+        turned.info.pop("exif", None)
+        turned.convert("RGB" if mode == "CMYK" else turned.mode).save(upright, **options)
+        found = data.load_image(path)
+        assert found.mode == "RGB" and np.array_equal(found, data.load_image(upright)), flag
+        assert data.picture_size(path) == found.size[::-1] == ((9, 14) if flag < 5 else (14, 9))
+
+
+@pytest.mark.parametrize("tag", [struct.pack("<HHIf", 0x0100, 11, 1, 1.5), struct.pack("<HHIf", 0x010e, 11, 1, 1.5)])
+def test_the_other_tags_of_a_turned_picture_do_not_matter(tmp_path, tag):
+    """A width, or a description, that is a fraction: EXIF that can be read and not be written."""
+    image = Image.fromarray(np.zeros((10, 20, 3), np.uint8))
+    image.save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tag + struct.pack("<HHIHHI", 0x0112, 3, 1, 6, 0, 0))
+    with Image.open(tmp_path / "a.jpg") as file, pytest.raises((struct.error, AttributeError)):
+        ImageOps.exif_transpose(file)
+    assert data.picture_size(tmp_path / "a.jpg") == data.load_image(tmp_path / "a.jpg").size[::-1] == (20, 10)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
+    image = Image.fromarray(np.zeros((10, 20, 3), np.uint8))
+    for block in (b"no header of TIFF's", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM"):
+        image.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + block)
+        assert data.picture_size(tmp_path / "a.jpg") == data.load_image(tmp_path / "a.jpg").size[::-1] == (10, 20), block
 
 
 def test_float_picture(voc):

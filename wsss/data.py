@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -627,10 +627,23 @@ def opened(path):
         raise ValueError(f"{path} is not a readable picture ({why(error)}): replace it or take it off the list") from None
 
 
+TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                               Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+
+
+def orientation(file):
+    """The EXIF flag of an opened picture, 1 to 8; 1 turns nothing, as does a flag or an EXIF block that cannot be read: its pixels can be."""
+    if file.format == "PNG" and "exif" not in file.info:
+        file.load()                                                        # EXIF may follow the pixels; what is wrong with these is told
+    with contextlib.suppress(Exception):
+        flag = file.getexif().get(0x0112, 1)
+        return flag if flag in TURNS else 1
+    return 1
+
+
 def shown_size(file):
     """(height, width) of an opened picture as a viewer shows it."""
-    turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)                                 # EXIF orientations that swap the sides
-    return file.size if turned else file.size[::-1]
+    return file.size if orientation(file) in (5, 6, 7, 8) else file.size[::-1]             # these swap the sides
 
 
 def decode(file, least=None):
@@ -641,7 +654,9 @@ def decode(file, least=None):
         raise ValueError("it has more than 100 scans")                     # each of a few bytes can cost as much as the picture
     if least:
         file.draft(None, least if shown_size(file) == file.size else least[::-1])          # draft counts (width, height) of the stored, unturned picture
-    ImageOps.exif_transpose(file, in_place=True)                           # reads the pixels: a truncated file ends here
+    file.load()                                                            # reads the pixels: a truncated file ends here
+    if (flag := orientation(file)) != 1:
+        file = file.transpose(TURNS[flag])                                 # ImageOps.exif_transpose would write the other tags anew, and fails at odd ones
     if file.mode.startswith("I"):
         values = np.asarray(file)
         top = 65535 if file.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
