@@ -22,6 +22,7 @@ A file that exists is whole and is not made again: an interrupted command goes o
 import argparse
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -246,7 +247,12 @@ def decode(segmentation, shape):
     else:
         if list(segmentation["size"]) != list(shape):                       # pycocotools makes room for it
             raise ValueError(f"run lengths are of a picture of {segmentation['size']!r:.60}, not {tuple(shape)}")
-        runs = rle.frPyObjects(segmentation, *shape) if isinstance(segmentation["counts"], list) else segmentation
+        counts = segmentation["counts"]
+        if not isinstance(counts, list):
+            text = counts.decode("latin1") if isinstance(counts, bytes) else counts
+            if not isinstance(text, str) or re.search(r"[^0-o]|[P-o]{7}|[P-o]\Z", text):     # P-o: the number goes on; pycocotools would follow it past the end
+                raise ValueError("its run lengths are torn")
+        runs = rle.frPyObjects(segmentation, *shape) if isinstance(counts, list) else segmentation
     mask = rle.decode(runs).astype(bool)
     if mask.shape != tuple(shape):
         raise ValueError(f"run lengths are of a picture of {mask.shape}, not {tuple(shape)}")

@@ -335,6 +335,24 @@ def test_decode_polygons_and_run_lengths():
         prepare_data.decode(compressed, (6, 4))
 
 
+@pytest.mark.parametrize("counts", ["o", "0P", "00ooooooo0", "0oooooooooo0", "0p", "0 ", "0\n", "0\xe9", 5, None])
+def test_run_lengths_that_are_torn_are_not_decoded(monkeypatch, counts):
+    """pycocotools reads a last number that goes on past the end of the text, and writes past the end of its room."""
+    rle = pytest.importorskip("pycocotools.mask")
+    monkeypatch.setattr(rle, "decode", None)
+    for counts in (counts, counts.encode("latin1")) if isinstance(counts, str) else (counts,):
+        with pytest.raises(ValueError, match="its run lengths are torn"):
+            prepare_data.decode({"size": [4, 6], "counts": counts}, (4, 6))
+
+
+def test_run_lengths_of_all_kinds_of_masks_are_decoded():
+    rle, rng = pytest.importorskip("pycocotools.mask"), np.random.default_rng(0)
+    for share in (0, 0.0001, 0.01, 0.5, 0.999, 1):
+        mask = rng.random((700, 900)) < share
+        counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        assert np.array_equal(prepare_data.decode({"size": [700, 900], "counts": counts}, (700, 900)), mask)
+
+
 def test_paint_order():
     big, small, equal = np.ones((2, 2), bool), np.eye(2, dtype=bool), np.eye(2, dtype=bool)
     assert prepare_data.paint((2, 2), [(5, small), (7, big)]).tolist() == [[5, 7], [7, 5]]
