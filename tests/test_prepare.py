@@ -186,6 +186,23 @@ def test_sbd_mat_files(voc, run):
         assert code == 1 and "2008_000002.mat is not a class mask of SBD" in err
 
 
+def test_of_a_mat_no_more_is_unpacked_than_a_mask_needs(tmp_path, monkeypatch):
+    """A file of 70 KiB that holds 80 MB of zeros, in small variables; other variables beside the mask's are not read."""
+    io = pytest.importorskip("scipy.io")
+    truth = {"GTcls": {"Segmentation": np.eye(3, dtype=np.uint8)}}
+    io.savemat(tmp_path / "a.mat", {**truth, "other": np.zeros(9)}, do_compression=True)
+    read, loadmat = [], io.loadmat
+    monkeypatch.setattr(io, "loadmat", lambda *args, **options: read.append(loadmat(*args, **options)) or read[-1])
+    assert (prepare_data.read_sbd(tmp_path / "a.mat") == np.eye(3)).all() and "other" not in read[0]
+    io.savemat(tmp_path / "b.mat", {"v": np.zeros(10_000_000, np.uint8)}, do_compression=True)
+    head, part = (tmp_path / "a.mat").read_bytes(), (tmp_path / "b.mat").read_bytes()[128:]
+    (tmp_path / "b.mat").write_bytes(head + part * 8)
+    with pytest.raises(ValueError, match="b.mat is not a class mask of SBD .*unpacks to more than a mask"):
+        prepare_data.read_sbd(tmp_path / "b.mat")
+    (tmp_path / "b.mat").write_bytes(head + part)
+    assert (prepare_data.read_sbd(tmp_path / "b.mat") == np.eye(3)).all()
+
+
 def test_a_killed_run_leaves_whole_masks_and_goes_on(tmp_path, run):
     tree, sbd = tmp_path / "VOC2012", tmp_path / "benchmark_RELEASE"
     (tree / "JPEGImages").mkdir(parents=True)
