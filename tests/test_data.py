@@ -4,6 +4,7 @@ import pickle
 import re
 import struct
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -48,6 +49,22 @@ def test_a_long_list_is_no_square(voc):
     with pytest.raises(ValueError, match="lists 39999 twice"):
         data.Folder(voc).ids("x")
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_lines_of_a_text_are_counted_before_they_are_made(tmp_path, end):
+    path = tmp_path / "x.txt"
+    path.write_bytes((f"a{end}" * 2_000_000).encode())
+    assert len(data.read_lines(path)) == 2_000_000
+    path.write_bytes((f"a{end}" * 10_000_000).encode())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="x.txt has 10,000,000 lines"):
+        data.read_lines(path)
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+    path.write_bytes(f"a{end}{'b' * 100_001}{end}".encode())
+    with pytest.raises(ValueError, match="x.txt has a line of 100,001 characters"):
+        data.read_lines(path)
 
 
 @pytest.mark.parametrize("line", ["../../etc/passwd", "/etc/passwd", "a/b", "/JPEGImages/../../x.jpg", "..", "a\\b", "/JPEGImages/sub/x.jpg", ".hidden"])

@@ -182,15 +182,18 @@ class Folder:
 
 def read_lines(path):
     """Lines of a text file; CRLF and a byte order mark are ordinary."""
+    content = Path(regular(path, 1 << 26)).read_bytes()
+    if (count := content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")) > 2_000_000:       # before they are made: a short line takes 60 bytes
+        raise ValueError(f"{path} has {count:,} lines: is it a list, an entry a line?")
     try:
-        text = Path(regular(path, 1 << 26)).read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    lines = text.splitlines()
     if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", text):
         raise ValueError(f"{path} holds control characters: save it as plain UTF-8 text")
-    if len(lines) > 2_000_000 or max(map(len, lines), default=0) > 100_000:
-        raise ValueError(f"{path} has {len(lines):,} lines, the longest of {max(map(len, lines)):,} characters: is it a list, an entry a line?")
+    lines = text.splitlines()
+    if (longest := max(map(len, lines), default=0)) > 100_000:
+        raise ValueError(f"{path} has a line of {longest:,} characters: is it a list, an entry a line?")
     return lines
 
 
