@@ -358,7 +358,7 @@ def storage(content):
     """The bytes in which torch keeps a tensor's numbers inside a pickle -> (n,) array. torch's own reader of them would run what they ask for."""
     file = io.BytesIO(content)
     magic, version, _, (_, kind, key, _, count, view), keys = (StorageReader(file).load() for _ in range(5))
-    if (magic, version, view, keys) != (0x1950a86a20f9469cfc6c, 1001, None, [key]):
+    if (magic, version, view, keys) != (MAGIC, 1001, None, [key]):
         raise ValueError("a tensor in it is not as torch writes them")
     return Kind(kind).read((count,), file.read()[8:])                      # 8: the count again
 
@@ -376,7 +376,17 @@ def tensor(numbers, offset, size, stride, *_):
     return shown
 
 
-little = lambda content: int.from_bytes(content, "little", signed=True)
+MAGIC = 0x1950a86a20f9469cfc6c                                             # with which torch's storages begin
+
+
+def little(content):
+    """A whole number. Of a longer one Python refuses to print the digits, and what comes of it then says nothing of the file."""
+    value = int.from_bytes(content, "little", signed=True)
+    if abs(value) >= 1 << 63 and value != MAGIC:
+        raise ValueError("it holds a number of more than 64 bits")
+    return value
+
+
 COUNTED = {  # words of a pickle that are followed by a length, of so many bytes, and as many bytes of content
     b"U": (1, bytes.decode), b"T": (4, bytes.decode), b"\x8c": (1, bytes.decode), b"X": (4, bytes.decode), b"\x8d": (8, bytes.decode),
     b"C": (1, bytes), b"B": (4, bytes), b"\x8e": (8, bytes), b"\x96": (8, bytes), b"\x8a": (1, little), b"\x8b": (4, little)}
