@@ -253,6 +253,25 @@ def test_bad_classes(voc, text, word):
         data.Folder(voc)
 
 
+def test_class_names_of_all_scripts(voc):
+    """Joined emoji and Persian are names; a no-break space is a blank, wherever a class is named."""
+    firefighter, book = "\U0001f469\u200d\U0001f692", "\u06a9\u062a\u0627\u0628\u200c\u062e\u0627\u0646\u0647"
+    (voc / "classes.txt").write_text(f"{firefighter}\n{book}\n\u00a0potted\u00a0plant\u00a0\n", encoding="utf-8")
+    (voc / "labels.txt").write_text(f"a_1 {firefighter} potted_plant\na_2\t{book}\tpotted\u00a0plant\na_3\tpotted plant\n", encoding="utf-8")
+    folder = data.Folder(voc)
+    assert folder.classes == [firefighter, book, "potted plant"]
+    assert folder.labels(["a_1", "a_2", "a_3"]).tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
+    (voc / "a.xml").write_text(xml(["potted\u00a0plant"]), encoding="utf-8")
+    assert data.read_xml(voc / "a.xml", folder.classes) == [2]
+
+
+@pytest.mark.parametrize("name", ["\u200dcow", "cow\u200c", "\u200d", "c\u200bow", "c\u202eow", "c\u2066ow", "c\ufeffow", "c\u2003ow", "c\x1bow", "c\x07\u200dow", "c\u0085ow"])
+def test_class_names_that_cannot_be_seen_are_refused(voc, name):
+    (voc / "classes.txt").write_text(f"{name}\nboat\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="classes.txt (holds control characters|lists .* which holds what cannot be printed)"):
+        data.Folder(voc)
+
+
 def test_class_texts():
     assert data.class_texts(["train", "bird"]) == ["a photo of train.", "a photo of bird."]
     assert data.class_texts(["train", "bird"], "a clean origami {}.", synonyms=True) == ["a clean origami train.", "a clean origami bird avian."]

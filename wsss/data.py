@@ -72,12 +72,12 @@ class Folder:
         path = self.root / name
         if not path.exists():
             return list(default)
-        names = [line.strip() for line in read_lines(path) if line.strip()]
+        names = [plain_blanks(line.strip()) for line in read_lines(path) if line.strip()]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"{path} must hold one name a line, none twice")
         if "background" in names:
             raise ValueError(f"{path} lists 'background': remove it, it is label 0 of every mask and no class")
-        if odd := [name for name in names if not name.isprintable()]:
+        if odd := [name for name in names if not printable(name)]:
             raise ValueError(f"{path} lists {odd[0]!r:.60}, which holds what cannot be printed: write plain letters and blanks")
         if long := [name for name in names if len(name) > 100]:
             raise ValueError(f"{path} lists a name of {len(long[0])} characters ({long[0][:20]}...): CLIP reads short names, at most 100")
@@ -197,6 +197,16 @@ def read_lines(path):
     return lines
 
 
+def plain_blanks(name):
+    """A no-break space, which looks like a blank, is one."""
+    return name.replace("\u00a0", " ")
+
+
+def printable(name):
+    """Joiners count as printable inside a name: emoji, Persian and Indian scripts are written with them."""
+    return name.strip("\u200c\u200d") == name and re.sub("[\u200c\u200d]", "", name).isprintable()
+
+
 def parse_id(line, path):
     """`2007_000032`, or a pair `/JPEGImages/x.jpg /SegmentationClassAug/x.png`. An id is a file name: it cannot leave the folder."""
     text = line.strip()
@@ -228,7 +238,7 @@ def read_label_list(path, classes):
         if id in labels:
             raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one; fields are parted by tabs where a file name holds blanks")
         present = set()
-        for name in filter(None, names):
+        for name in map(plain_blanks, filter(None, names)):
             if name not in index and not (name.isdecimal() and len(name) < 4 and int(name) < len(classes)):
                 raise ValueError(f"{path}:{number}: {name!r:.100} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
                                  "blanks in names are written _, or fields are parted by tabs")
@@ -245,7 +255,7 @@ def read_xml(path, classes):
     try:
         if b"<!DOCTYPE" in content or b"\0" in content:                    # entities of a DTD unpack to gigabytes, or name other files; UTF-16 would hide them
             raise ValueError("it has a DTD, or is not ASCII or UTF-8")
-        names = {(o.findtext("name") or "").strip() for o in ElementTree.fromstring(content).findall("object")}
+        names = {plain_blanks((o.findtext("name") or "").strip()) for o in ElementTree.fromstring(content).findall("object")}
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{path} is not readable XML ({why(error)}): download it again or write labels.txt") from None
     unknown = names - set(classes)
