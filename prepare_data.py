@@ -22,6 +22,7 @@ A file that exists is whole and is not made again: an interrupted command goes o
 import argparse
 import json
 import os
+import re
 import shutil
 import struct
 import sys
@@ -138,21 +139,22 @@ def compare(found, partial):
     print(f"{', '.join(f'{count:,} {name}' for name, count in found.items())}{': not the whole of VOC and SBD' if wrong else ''}")
 
 
-def bounded(content, depth=0):
-    """Refuses the elements of a .mat that scipy would follow down its stack, or unpack, without end."""
-    at = 0
+def bounded(content, depth=0, room=None):
+    """Refuses the elements of a .mat that scipy would follow down its stack, or unpack, without end. `room`: [bytes that all of them may still unpack to]."""
+    at, room = 0, [1 << 26] if room is None else room
     while at + 8 <= len(content):
         kind, size = struct.unpack_from("<II", content, at)
         part = content[at + 8:at + 8 + size]
         if kind == 15:                                                      # compressed
             unpacker = zlib.decompressobj()
             part = memoryview(unpacker.decompress(part, 1 << 24))
-            if unpacker.unconsumed_tail:
+            room[0] -= len(part)
+            if unpacker.unconsumed_tail or room[0] < 0:
                 raise ValueError("it unpacks to more than a mask")
         if kind in (14, 15):                                                # 14: a matrix; its class is in byte 8
             if depth > 6 or kind == 14 and part[8] not in (1, 2, *range(4, 16)):
                 raise ValueError("it nests without end, or holds what is no matrix")
-            bounded(part, depth + 1)
+            bounded(part, depth + 1, room)
         at += 8 if kind >> 16 else 8 + size + (-size % 8 if kind < 14 else 0)         # up to 4 bytes lie in the element's head
 
 
@@ -161,7 +163,7 @@ def read_sbd(path):
     import scipy.io                                                         # optional; voc() has said so when it is missing
     try:
         bounded(memoryview(data.regular(path, 1 << 22).read_bytes())[128:])
-        mask = np.asarray(scipy.io.loadmat(path)["GTcls"]["Segmentation"][0, 0])
+        mask = np.asarray(scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])
     except Exception as error:                                              # scipy raises its own and whatever the bytes provoke
         raise ValueError(f"{path} is not a class mask of SBD ({type(error).__name__}: {data.why(error)}): unpack benchmark.tgz again") from None
     if mask.ndim != 2 or mask.dtype.kind not in "uif" or not np.isin(mask, range(21)).all():
@@ -246,7 +248,12 @@ def decode(segmentation, shape):
     else:
         if list(segmentation["size"]) != list(shape):                       # pycocotools makes room for it
             raise ValueError(f"run lengths are of a picture of {segmentation['size']!r:.60}, not {tuple(shape)}")
-        runs = rle.frPyObjects(segmentation, *shape) if isinstance(segmentation["counts"], list) else segmentation
+        counts = segmentation["counts"]
+        if not isinstance(counts, list):
+            text = counts.decode("latin1") if isinstance(counts, bytes) else counts
+            if not isinstance(text, str) or re.search(r"[^0-o]|[P-o]{7}|[P-o]\Z", text):     # P-o: the number goes on; pycocotools would follow it past the end
+                raise ValueError("its run lengths are torn")
+        runs = rle.frPyObjects(segmentation, *shape) if isinstance(counts, list) else segmentation
     mask = rle.decode(runs).astype(bool)
     if mask.shape != tuple(shape):
         raise ValueError(f"run lengths are of a picture of {mask.shape}, not {tuple(shape)}")

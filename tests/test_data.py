@@ -2,13 +2,15 @@
 import io
 import pickle
 import re
+import struct
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from conftest import CLASSES, LABELS
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
@@ -47,6 +49,22 @@ def test_a_long_list_is_no_square(voc):
     with pytest.raises(ValueError, match="lists 39999 twice"):
         data.Folder(voc).ids("x")
     assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_the_lines_of_a_text_are_counted_before_they_are_made(tmp_path, end):
+    path = tmp_path / "x.txt"
+    path.write_bytes((f"a{end}" * 2_000_000).encode())
+    assert len(data.read_lines(path)) == 2_000_000
+    path.write_bytes((f"a{end}" * 10_000_000).encode())
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="x.txt has 10,000,000 lines"):
+        data.read_lines(path)
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
+    tracemalloc.stop()
+    path.write_bytes(f"a{end}{'b' * 100_001}{end}".encode())
+    with pytest.raises(ValueError, match="x.txt has a line of 100,001 characters"):
+        data.read_lines(path)
 
 
 @pytest.mark.parametrize("line", ["../../etc/passwd", "/etc/passwd", "a/b", "/JPEGImages/../../x.jpg", "..", "a\\b", "/JPEGImages/sub/x.jpg", ".hidden"])
@@ -235,6 +253,25 @@ def test_bad_classes(voc, text, word):
         data.Folder(voc)
 
 
+def test_class_names_of_all_scripts(voc):
+    """Joined emoji and Persian are names; a no-break space is a blank, wherever a class is named."""
+    firefighter, book = "\U0001f469\u200d\U0001f692", "\u06a9\u062a\u0627\u0628\u200c\u062e\u0627\u0646\u0647"
+    (voc / "classes.txt").write_text(f"{firefighter}\n{book}\n\u00a0potted\u00a0plant\u00a0\n", encoding="utf-8")
+    (voc / "labels.txt").write_text(f"a_1 {firefighter} potted_plant\na_2\t{book}\tpotted\u00a0plant\na_3\tpotted plant\n", encoding="utf-8")
+    folder = data.Folder(voc)
+    assert folder.classes == [firefighter, book, "potted plant"]
+    assert folder.labels(["a_1", "a_2", "a_3"]).tolist() == [[1, 0, 1], [0, 1, 1], [0, 0, 1]]
+    (voc / "a.xml").write_text(xml(["potted\u00a0plant"]), encoding="utf-8")
+    assert data.read_xml(voc / "a.xml", folder.classes) == [2]
+
+
+@pytest.mark.parametrize("name", ["\u200dcow", "cow\u200c", "\u200d", "c\u200bow", "c\u202eow", "c\u2066ow", "c\ufeffow", "c\u2003ow", "c\x1bow", "c\x07\u200dow", "c\u0085ow"])
+def test_class_names_that_cannot_be_seen_are_refused(voc, name):
+    (voc / "classes.txt").write_text(f"{name}\nboat\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="classes.txt (holds control characters|lists .* which holds what cannot be printed)"):
+        data.Folder(voc)
+
+
 def test_class_texts():
     assert data.class_texts(["train", "bird"]) == ["a photo of train.", "a photo of bird."]
     assert data.class_texts(["train", "bird"], "a clean origami {}.", synonyms=True) == ["a clean origami train.", "a clean origami bird avian."]
@@ -278,6 +315,46 @@ def test_exif_rotation_is_applied(tmp_path):
     exif = image.getexif()
     exif[0x0112] = 6                                                         # turned by 90 degrees
     assert written(tmp_path / "a.jpg", image, exif=exif).shape == (20, 10, 3)
+
+
+@pytest.mark.parametrize("mode,ending,options", [("RGB", "jpg", {}), ("L", "jpg", {}), ("CMYK", "jpg", {}), ("RGBA", "png", {}), ("RGB", "webp", {"lossless": True}),
+                                                 ("P", "png", {"transparency": bytes(range(0, 240, 30))}), ("P", "png", {"transparency": 3}), ("I;16", "png", {}), ("1", "png", {})])
+def test_pictures_are_turned_as_pillow_turns_them(tmp_path, mode, ending, options):
+    rng = np.random.default_rng(0)
+    image = Image.fromarray(rng.integers(0, 256, (9, 14, 3), dtype=np.uint8))
+    image = Image.fromarray(rng.integers(0, 65536, (9, 14)).astype(np.uint16)) if mode == "I;16" else image.quantize(8) if mode == "P" else image.convert(mode)
+    if mode == "RGBA":
+        image.putalpha(Image.fromarray(rng.integers(0, 256, (9, 14), dtype=np.uint8)))
+    path, upright = tmp_path / f"a.{ending}", tmp_path / "b.png"
+    for flag in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = flag
+        image.save(path, exif=exif, **options)
+        with Image.open(path) as file:
+            turned = ImageOps.exif_transpose(file)
+        turned.info.pop("exif", None)
+        turned.convert("RGB" if mode == "CMYK" else turned.mode).save(upright, **options)
+        found = data.load_image(path)
+        assert found.mode == "RGB" and np.array_equal(found, data.load_image(upright)), flag
+        assert data.picture_size(path) == found.size[::-1] == ((9, 14) if flag < 5 else (14, 9))
+
+
+@pytest.mark.parametrize("tag", [struct.pack("<HHIf", 0x0100, 11, 1, 1.5), struct.pack("<HHIf", 0x010e, 11, 1, 1.5)])
+def test_the_other_tags_of_a_turned_picture_do_not_matter(tmp_path, tag):
+    """A width, or a description, that is a fraction: EXIF that can be read and not be written."""
+    image = Image.fromarray(np.zeros((10, 20, 3), np.uint8))
+    image.save(tmp_path / "a.jpg", exif=b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + tag + struct.pack("<HHIHHI", 0x0112, 3, 1, 6, 0, 0))
+    with Image.open(tmp_path / "a.jpg") as file, pytest.raises((struct.error, AttributeError)):
+        ImageOps.exif_transpose(file)
+    assert data.picture_size(tmp_path / "a.jpg") == data.load_image(tmp_path / "a.jpg").size[::-1] == (20, 10)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_exif_that_cannot_be_read_turns_nothing(tmp_path):
+    image = Image.fromarray(np.zeros((10, 20, 3), np.uint8))
+    for block in (b"no header of TIFF's", b"II*\0", b"II*\0\xff\xff\xff\xff", b"MM"):
+        image.save(tmp_path / "a.jpg", exif=b"Exif\0\0" + block)
+        assert data.picture_size(tmp_path / "a.jpg") == data.load_image(tmp_path / "a.jpg").size[::-1] == (10, 20), block
 
 
 def test_float_picture(voc):

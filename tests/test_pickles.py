@@ -169,6 +169,16 @@ def test_honest_pickles_are_read_to_the_same_values(protocol):
     assert np.array_equal(masks[0]["segmentation"], Honest.arrays[6]) and masks[0]["area"] == 3
 
 
+def test_numbers_that_python_does_not_print_are_refused_by_the_name_of_their_file(tmp_path):
+    for n, value in enumerate((1 << 63, -1 << 63, 1 << 20_000)):
+        for key, label in ((value, np.zeros(7)), ("a_1", [value])):
+            np.save(tmp_path / "labels.npy", np.array({key: label}, dtype=object))
+            with pytest.raises(ValueError, match="labels.npy is refused .it holds a number of more than 64 bits"):
+                data.read_cls_labels(tmp_path / "labels.npy", "abc")
+    for value in ((1 << 63) - 1, 1 - (1 << 63)):
+        assert data.Restricted(io.BytesIO(pickle.dumps(value))).load() == value
+
+
 def test_a_bool_of_another_byte_is_true():
     """numpy counts the bytes of bools as zeros and ones."""
     code = body(Call(np._core.numeric._frombuffer, b"\x00\x02\xff\x01", dtype("b1"), (4,), "C"))

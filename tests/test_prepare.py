@@ -186,6 +186,23 @@ def test_sbd_mat_files(voc, run):
         assert code == 1 and "2008_000002.mat is not a class mask of SBD" in err
 
 
+def test_of_a_mat_no_more_is_unpacked_than_a_mask_needs(tmp_path, monkeypatch):
+    """A file of 70 KiB that holds 80 MB of zeros, in small variables; other variables beside the mask's are not read."""
+    io = pytest.importorskip("scipy.io")
+    truth = {"GTcls": {"Segmentation": np.eye(3, dtype=np.uint8)}}
+    io.savemat(tmp_path / "a.mat", {**truth, "other": np.zeros(9)}, do_compression=True)
+    read, loadmat = [], io.loadmat
+    monkeypatch.setattr(io, "loadmat", lambda *args, **options: read.append(loadmat(*args, **options)) or read[-1])
+    assert (prepare_data.read_sbd(tmp_path / "a.mat") == np.eye(3)).all() and "other" not in read[0]
+    io.savemat(tmp_path / "b.mat", {"v": np.zeros(10_000_000, np.uint8)}, do_compression=True)
+    head, part = (tmp_path / "a.mat").read_bytes(), (tmp_path / "b.mat").read_bytes()[128:]
+    (tmp_path / "b.mat").write_bytes(head + part * 8)
+    with pytest.raises(ValueError, match="b.mat is not a class mask of SBD .*unpacks to more than a mask"):
+        prepare_data.read_sbd(tmp_path / "b.mat")
+    (tmp_path / "b.mat").write_bytes(head + part)
+    assert (prepare_data.read_sbd(tmp_path / "b.mat") == np.eye(3)).all()
+
+
 def test_a_killed_run_leaves_whole_masks_and_goes_on(tmp_path, run):
     tree, sbd = tmp_path / "VOC2012", tmp_path / "benchmark_RELEASE"
     (tree / "JPEGImages").mkdir(parents=True)
@@ -333,6 +350,24 @@ def test_decode_polygons_and_run_lengths():
     assert not prepare_data.decode([], (4, 6)).any() and not prepare_data.decode([[0, 0, 4, 4]], (4, 6)).any()   # no box
     with pytest.raises(ValueError, match="run lengths"):
         prepare_data.decode(compressed, (6, 4))
+
+
+@pytest.mark.parametrize("counts", ["o", "0P", "00ooooooo0", "0oooooooooo0", "0p", "0 ", "0\n", "0\xe9", 5, None])
+def test_run_lengths_that_are_torn_are_not_decoded(monkeypatch, counts):
+    """pycocotools reads a last number that goes on past the end of the text, and writes past the end of its room."""
+    rle = pytest.importorskip("pycocotools.mask")
+    monkeypatch.setattr(rle, "decode", None)
+    for counts in (counts, counts.encode("latin1")) if isinstance(counts, str) else (counts,):
+        with pytest.raises(ValueError, match="its run lengths are torn"):
+            prepare_data.decode({"size": [4, 6], "counts": counts}, (4, 6))
+
+
+def test_run_lengths_of_all_kinds_of_masks_are_decoded():
+    rle, rng = pytest.importorskip("pycocotools.mask"), np.random.default_rng(0)
+    for share in (0, 0.0001, 0.01, 0.5, 0.999, 1):
+        mask = rng.random((700, 900)) < share
+        counts = rle.encode(np.asfortranarray(mask.astype(np.uint8)))["counts"].decode()
+        assert np.array_equal(prepare_data.decode({"size": [700, 900], "counts": counts}, (700, 900)), mask)
 
 
 def test_paint_order():

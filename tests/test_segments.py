@@ -17,7 +17,7 @@ from conftest import LABELS, call, refused
 from PIL import Image
 from test_pseudo import masks, put_maps
 
-from wsss import common, data
+from wsss import common, data, segments
 from wsss.segments import label_segments, load_levels, load_segments, save_segments, segment, segments_of
 
 H, W = 26, 34
@@ -195,6 +195,29 @@ def test_layouts_that_are_none_are_refused(tmp_path):
     for id, word in (("a", "grey.png is not black and white"), ("b", "mode RGB"), ("c", f"{W}x{H + 1}"), ("d", "run lengths"), ("e", f"{W + 1}x{H}"), ("f", "int"),
                      ("g", "coco_rle.*uncompressed_rle"), ("h", "coco_rle.*uncompressed_rle"), ("i", "level"), ("j", "level")):
         with pytest.raises(ValueError, match=word):
+            load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
+
+
+def test_masks_that_are_too_many_together_are_refused(tmp_path, monkeypatch):
+    """A pickle of a few bytes can name one mask many times, and a label map can give each number the whole picture as its box."""
+    monkeypatch.setattr(segments, "MOST", (4096, 10 * H * W // 8))
+    one = {"segmentation": {"size": [H, W], "counts": [0, H * W]}}
+    (tmp_path / "b").mkdir()
+    for n in (8, 11):
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps([one] * n))
+        for k in range(n):
+            Image.new("1", (W, H), 1).save(tmp_path / "b" / f"{k}.png")
+        Image.fromarray((np.arange(H * W) % n).astype(np.uint8).reshape(H, W)).save(tmp_path / "c.png")
+        for id in "abc":
+            if n == 8:
+                assert len(load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)) == 8
+                continue
+            with pytest.raises(ValueError, match="its masks together are larger than any"):
+                load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
+    monkeypatch.setattr(segments, "WALKED", 10 * H * W)
+    monkeypatch.setattr(segments, "checked", None)                                                              # before any mask is made
+    for id in "ab":
+        with pytest.raises(ValueError, match=f"11 masks of {W}x{H} are more than"):
             load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
 
 

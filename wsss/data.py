@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
@@ -72,12 +72,12 @@ class Folder:
         path = self.root / name
         if not path.exists():
             return list(default)
-        names = [line.strip() for line in read_lines(path) if line.strip()]
+        names = [plain_blanks(line.strip()) for line in read_lines(path) if line.strip()]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"{path} must hold one name a line, none twice")
         if "background" in names:
             raise ValueError(f"{path} lists 'background': remove it, it is label 0 of every mask and no class")
-        if odd := [name for name in names if not name.isprintable()]:
+        if odd := [name for name in names if not printable(name)]:
             raise ValueError(f"{path} lists {odd[0]!r:.60}, which holds what cannot be printed: write plain letters and blanks")
         if long := [name for name in names if len(name) > 100]:
             raise ValueError(f"{path} lists a name of {len(long[0])} characters ({long[0][:20]}...): CLIP reads short names, at most 100")
@@ -182,16 +182,29 @@ class Folder:
 
 def read_lines(path):
     """Lines of a text file; CRLF and a byte order mark are ordinary."""
+    content = Path(regular(path, 1 << 26)).read_bytes()
+    if (count := content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")) > 2_000_000:       # before they are made: a short line takes 60 bytes
+        raise ValueError(f"{path} has {count:,} lines: is it a list, an entry a line?")
     try:
-        text = Path(regular(path, 1 << 26)).read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    lines = text.splitlines()
     if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", text):
         raise ValueError(f"{path} holds control characters: save it as plain UTF-8 text")
-    if len(lines) > 2_000_000 or max(map(len, lines), default=0) > 100_000:
-        raise ValueError(f"{path} has {len(lines):,} lines, the longest of {max(map(len, lines)):,} characters: is it a list, an entry a line?")
+    lines = text.splitlines()
+    if (longest := max(map(len, lines), default=0)) > 100_000:
+        raise ValueError(f"{path} has a line of {longest:,} characters: is it a list, an entry a line?")
     return lines
+
+
+def plain_blanks(name):
+    """A no-break space, which looks like a blank, is one."""
+    return name.replace("\u00a0", " ")
+
+
+def printable(name):
+    """Joiners count as printable inside a name: emoji, Persian and Indian scripts are written with them."""
+    return name.strip("\u200c\u200d") == name and re.sub("[\u200c\u200d]", "", name).isprintable()
 
 
 def parse_id(line, path):
@@ -225,7 +238,7 @@ def read_label_list(path, classes):
         if id in labels:
             raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one; fields are parted by tabs where a file name holds blanks")
         present = set()
-        for name in filter(None, names):
+        for name in map(plain_blanks, filter(None, names)):
             if name not in index and not (name.isdecimal() and len(name) < 4 and int(name) < len(classes)):
                 raise ValueError(f"{path}:{number}: {name!r:.100} is not in classes.txt ({len(classes)} classes: {', '.join(classes[:4])}, ...); "
                                  "blanks in names are written _, or fields are parted by tabs")
@@ -242,7 +255,7 @@ def read_xml(path, classes):
     try:
         if b"<!DOCTYPE" in content or b"\0" in content:                    # entities of a DTD unpack to gigabytes, or name other files; UTF-16 would hide them
             raise ValueError("it has a DTD, or is not ASCII or UTF-8")
-        names = {(o.findtext("name") or "").strip() for o in ElementTree.fromstring(content).findall("object")}
+        names = {plain_blanks((o.findtext("name") or "").strip()) for o in ElementTree.fromstring(content).findall("object")}
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         raise ValueError(f"{path} is not readable XML ({why(error)}): download it again or write labels.txt") from None
     unknown = names - set(classes)
@@ -355,7 +368,7 @@ def storage(content):
     """The bytes in which torch keeps a tensor's numbers inside a pickle -> (n,) array. torch's own reader of them would run what they ask for."""
     file = io.BytesIO(content)
     magic, version, _, (_, kind, key, _, count, view), keys = (StorageReader(file).load() for _ in range(5))
-    if (magic, version, view, keys) != (0x1950a86a20f9469cfc6c, 1001, None, [key]):
+    if (magic, version, view, keys) != (MAGIC, 1001, None, [key]):
         raise ValueError("a tensor in it is not as torch writes them")
     return Kind(kind).read((count,), file.read()[8:])                      # 8: the count again
 
@@ -373,7 +386,17 @@ def tensor(numbers, offset, size, stride, *_):
     return shown
 
 
-little = lambda content: int.from_bytes(content, "little", signed=True)
+MAGIC = 0x1950a86a20f9469cfc6c                                             # with which torch's storages begin
+
+
+def little(content):
+    """A whole number. Of a longer one Python refuses to print the digits, and what comes of it then says nothing of the file."""
+    value = int.from_bytes(content, "little", signed=True)
+    if abs(value) >= 1 << 63 and value != MAGIC:
+        raise ValueError("it holds a number of more than 64 bits")
+    return value
+
+
 COUNTED = {  # words of a pickle that are followed by a length, of so many bytes, and as many bytes of content
     b"U": (1, bytes.decode), b"T": (4, bytes.decode), b"\x8c": (1, bytes.decode), b"X": (4, bytes.decode), b"\x8d": (8, bytes.decode),
     b"C": (1, bytes), b"B": (4, bytes), b"\x8e": (8, bytes), b"\x96": (8, bytes), b"\x8a": (1, little), b"\x8b": (4, little)}
@@ -627,10 +650,23 @@ def opened(path):
         raise ValueError(f"{path} is not a readable picture ({why(error)}): replace it or take it off the list") from None
 
 
+TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
+                               Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+
+
+def orientation(file):
+    """The EXIF flag of an opened picture, 1 to 8; 1 turns nothing, as does a flag or an EXIF block that cannot be read: its pixels can be."""
+    if file.format == "PNG" and "exif" not in file.info:
+        file.load()                                                        # EXIF may follow the pixels; what is wrong with these is told
+    with contextlib.suppress(Exception):
+        flag = file.getexif().get(0x0112, 1)
+        return flag if flag in TURNS else 1
+    return 1
+
+
 def shown_size(file):
     """(height, width) of an opened picture as a viewer shows it."""
-    turned = file.getexif().get(0x0112, 1) in (5, 6, 7, 8)                                 # EXIF orientations that swap the sides
-    return file.size if turned else file.size[::-1]
+    return file.size if orientation(file) in (5, 6, 7, 8) else file.size[::-1]             # these swap the sides
 
 
 def decode(file, least=None):
@@ -641,7 +677,9 @@ def decode(file, least=None):
         raise ValueError("it has more than 100 scans")                     # each of a few bytes can cost as much as the picture
     if least:
         file.draft(None, least if shown_size(file) == file.size else least[::-1])          # draft counts (width, height) of the stored, unturned picture
-    ImageOps.exif_transpose(file, in_place=True)                           # reads the pixels: a truncated file ends here
+    file.load()                                                            # reads the pixels: a truncated file ends here
+    if (flag := orientation(file)) != 1:
+        file = file.transpose(TURNS[flag])                                 # ImageOps.exif_transpose would write the other tags anew, and fails at odd ones
     if file.mode.startswith("I"):
         values = np.asarray(file)
         top = 65535 if file.mode.startswith("I;16") or values.max(initial=0) > 255 else 255

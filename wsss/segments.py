@@ -17,7 +17,8 @@ from PIL import Image
 
 # Bytes of an array in .npz, at most, for each pixel of the picture: a few bytes can unpack to gigabytes. 512 are 4096 masks of the whole picture.
 ROOM = {"bits": 512, "size": 64, "boxes": 64, "level": 64, "score": 64, "stability": 64}
-MOST = 4096, 1 << 29                                                       # segments of one picture in others' layouts; bytes of an array, whatever the picture
+MOST = 4096, 1 << 29                                                       # segments of one picture in others' layouts; bytes of an array, or of all masks, whatever the picture
+WALKED = 1 << 33                                                           # pixels of all masks of one picture in others' layouts: a few bytes can name one mask many times
 
 
 class Segment(NamedTuple):
@@ -50,16 +51,18 @@ def segment(mask, level=0, score=float("nan"), stability=float("nan"), corner=(0
 
 def label_segments(labels):
     """Label map (H, W) of whole numbers -> a Segment for each number in it, 0 too."""
+    return list(each_label(labels))
+
+
+def each_label(labels):
     order = labels.ravel().argsort(kind="stable")                          # pixels of one label lie together: no (S, H, W) is made
     values = labels.ravel()[order]
-    found = []
     for pixels in np.split(order, np.flatnonzero(np.diff(values)) + 1):
         y, x = np.divmod(pixels, labels.shape[1])
         top, left, bottom, right = (int(n) for n in (y.min(), x.min(), y.max() + 1, x.max() + 1))
         mask = np.zeros((bottom - top, right - left), bool)
         mask[y - top, x - left] = True
-        found.append(Segment((top, left, bottom, right), np.packbits(mask)))
-    return found
+        yield Segment((top, left, bottom, right), np.packbits(mask))
 
 
 # ---------------------------------------------------------------- files
@@ -83,10 +86,21 @@ def load_segments(path, size, unpickler=None):
     path = Path(path)
     read = {".npz": read_packed, ".pkl": lambda path, size: read_fma(path, size, unpickler), ".png": read_label_map}[path.suffix] if path.is_file() else read_masks
     with refusing(path):
-        found = read(path, tuple(size))
+        found = collected(read(path, tuple(size)))
         if not all(0 <= s.level <= 2 for s in found):
             raise ValueError("a level is not 0, 1 or 2")
         return found
+
+
+def collected(segments):
+    """-> list of them, of no more bytes together than fit."""
+    found, room = [], MOST[1]
+    for each in segments:
+        room -= each.bits.nbytes
+        if room < 0:
+            raise ValueError("its masks together are larger than any")
+        found.append(each)
+    return found
 
 
 def load_levels(path):
@@ -132,11 +146,11 @@ def read_fma(path, size, unpickler):
     """FMA-WSSS's <id>.pkl, or a list as SAM's own generator gives it: dicts with `segmentation`, an array (H, W) or run lengths down the columns, and `level`."""
     if unpickler is None:
         raise ValueError("a pickle can run code, and no unpickler was given")
-    found = []
     with open(path, "rb") as file:
         table = unpickler(file).load()
     if not isinstance(table, list) or len(table) > MOST[0]:
         raise ValueError(f"it holds no list of at most {MOST[0]:,} segments but {type(table).__name__}")
+    walkable(len(table), size)
     for each in table:
         mask = each["segmentation"]
         if isinstance(mask, dict):                                         # first the number of pixels outside, then inside, ...
@@ -148,8 +162,7 @@ def read_fma(path, size, unpickler):
             mask = np.repeat(np.arange(len(mask["counts"])) % 2 == 1, mask["counts"]).reshape(size[::-1]).T
         if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biuf":
             raise ValueError("a mask in it is no array of numbers")
-        found += checked(mask, size, each.get("level", 0), each.get("predicted_iou", np.nan), each.get("stability_score", np.nan))
-    return found
+        yield from checked(mask, size, each.get("level", 0), each.get("predicted_iou", np.nan), each.get("stability_score", np.nan))
 
 
 def read_label_map(path, size):
@@ -157,21 +170,25 @@ def read_label_map(path, size):
     numbers = read_numbers(path, size)
     if len(np.unique(numbers)) > MOST[0]:
         raise ValueError(f"it numbers more than {MOST[0]:,} segments")
-    return label_segments(numbers)
+    return each_label(numbers)
 
 
 def read_masks(path, size):
     """A folder of black and white PNGs, a segment each, as SAM's amg.py writes it; its metadata.csv is not needed."""
-    found = []
     files = sorted(path.glob("[!.]*.png"))
     if len(files) > MOST[0]:
         raise ValueError(f"more than {MOST[0]:,} of them")
+    walkable(len(files), size)
     for file in files:
         values = read_numbers(file, size)
         if ((values != 0) & (values != values.max())).any():
             raise ValueError(f"{file.name} is not black and white")
-        found += checked(values != 0, size)
-    return found
+        yield from checked(values != 0, size)
+
+
+def walkable(count, size):
+    if count * size[0] * size[1] > WALKED:
+        raise ValueError(f"{count:,} masks of {size[1]}x{size[0]} are more than {WALKED:,} pixels together")
 
 
 def read_numbers(path, size):
