@@ -104,10 +104,10 @@ class Run:
         classes = folder.classes
         self.name, self.out, self.recipes = name, out, {}
         for note in sorted(out.glob("*/recipe.json")):
-            recipe = common.read_json(note)
-            if recipe.get("classes", classes) != classes:
-                raise ValueError(f"{note.parent} was made for other classes ({common.describe(recipe['classes'])}) than --data has ({common.describe(classes)}): give its own --data")
-            self.recipes[note.parent.name] = recipe.get("args", {})
+            theirs, made = read_note(note, classes)
+            if theirs != classes:
+                raise ValueError(f"{note.parent} was made for other classes ({common.describe(theirs)}) than --data has ({common.describe(classes)}): give its own --data")
+            self.recipes[note.parent.name] = made
         of = {folder: made["source"] for folder, made in self.recipes.items() if made.get("source") in SOURCES}
         self.maps = {folder: of[folder] for folder in sorted(of, key=lambda folder: (list(SOURCES).index(of[folder]), folder))}
         self.masks = [folder for folder, made in self.recipes.items() if "pseudo" in made]
@@ -115,12 +115,38 @@ class Run:
         self.predictions = [path for path in made if (folder.root / "ImageSets/Segmentation" / f"{path.name}.txt").exists()]
         self.photos = [path for path in made if path not in self.predictions]           # somebody's own pictures: eval.py --images
         order = lambda found: (list(WHAT).index(found[1]["protocol"]["what"]), list(SOURCES).index(source(found[1]["protocol"])), len(found[0]), found[0])
-        found = [(path.stem.removeprefix("eval_"), common.read_json(path)) for path in out.glob("eval_*.json")]
-        self.scores = sorted((pair for pair in found if "protocol" in pair[1]), key=order)
+        found = [(path.stem.removeprefix("eval_"), read_score(path)) for path in out.glob("eval_*.json")]
+        self.scores = sorted((pair for pair in found if pair[1]), key=order)
         self.logs = [Log(out / f"{stage}.jsonl", stage) for stage in TRAINED if (out / f"{stage}.jsonl").exists()]
 
     def label(self, text):
         return f"{text} ({self.name})" if self.name else text
+
+
+def read_note(path, classes):
+    """recipe.json: the classes and arguments a folder was made with, of the types that a stage writes."""
+    note = common.read_json(path)
+    theirs, made = note.get("classes", classes), note.get("args", {})
+    if not (isinstance(theirs, list) and all(isinstance(name, str) and name.isprintable() for name in theirs)) or not all(isinstance(made.get(name), (str, type(None))) for name in ("source", "clip")):
+        raise ValueError(f"{path} is no recipe of ours, its classes or arguments are of other types: remove it and run its stage again")
+    return theirs, made
+
+
+def read_score(path):
+    """eval_*.json as eval.py writes it; None if it has no protocol, and is somebody else's."""
+    score = common.read_json(path)
+    if "protocol" not in score:
+        return None
+    try:
+        p, best = score["protocol"], score.get("oracle_best") or {"miou": 0, "threshold": 0}
+        in_words(p), source(p), json.dumps(p, indent=1)                                 # all that the page says of it
+        shares = [score["miou"], score["pixel_accuracy"], best["miou"], best["threshold"], *(v for v in score["iou"].values() if v is not None)]
+        good = p["what"] in WHAT and all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in shares)
+    except Exception:                                                                   # in a foreign file any part may be of any type
+        good = False
+    if not good:
+        raise ValueError(f"{path} is no score of eval.py's, its protocol or numbers are of other types: remove it and run eval.py again")
+    return score
 
 
 def source(protocol):
@@ -517,7 +543,7 @@ def main():
     sections = [scores(args, folder, runs), pictures(args, folder, runs, chosen), prompts(args, folder, runs, chosen, env), regions(args, folder, runs, env),
                 curves(args, runs), arguments(runs)]
     with common.atomic(path) as beside:
-        beside.write_text(page(args, folder, folder.ids(args.split, args.limit), sections), encoding="utf-8")
+        beside.write_text(page(args, folder, folder.ids(args.split, args.limit), sections), encoding="utf-8", errors="xmlcharrefreplace")      # JSON may hold half a character
     env.close(f"{path}: {path.stat().st_size / 2**20:.1f} MB, open it in a browser")
 
 

@@ -13,6 +13,8 @@ A failure is shown with its seed and number; `--readers NAME --only NUMBER` repe
 """
 import argparse
 import collections
+import ctypes
+import functools
 import io
 import json
 import os
@@ -232,9 +234,13 @@ def archives(valid):
         words = b"\x80\x02}(X\x05\0\0\0model}" + word + tensor_words(**claim) + b"sX\x05\0\0\0stageX\x05\0\0\0matchu."
         yield with_program(words, more=[(f"{root}/data/0", bytes(12))] if f"{root}/data/0" not in dict(parts) else ())
     yield zipped(parts, True)
-    yield zipped([*parts, (f"{root}/data/99", bytes(100 << 20))], True)
+    yield zipped([*parts, (f"{root}/data/99", bytes(20 << 20))], True)
     yield zipped([*parts, parts[program]])                        # one name twice
     yield zipped([(f"{root}/{name}", b"") for name in ("constants.pkl", "data.pkl", "code/x.py", "version")])
+    words = b"\x80\x02}(X\x05\0\0\0model}" + word + tensor_words(size=(10 ** 6, 10 ** 6), stride=(0, 0)) + b"sX\x05\0\0\0stageX\x05\0\0\0matchu."
+    for name in ("x/constants.pkl", "CONSTANTS.PKL"):             # looks like TorchScript, which torch does not take it for
+        yield with_program(words, more=[(f"{root}/data/0", bytes(12))] * (f"{root}/data/0" not in dict(parts)) + [(f"{root}/{name}", b"")])
+        yield zipped([*parts, (f"{root}/{name}", b"")])
 
 
 def checkpoints(valid):
@@ -272,8 +278,8 @@ def packed(content):
 
 def texts():
     yield from (b"", b"\n", b"\xef\xbb\xbf", b"\xff\xfe" + "train\n".encode("utf-16-le"), "train\nboat\ncow\n".encode("utf-16"), "a_1 train\n".encode("utf-16-le"), "caf\u00e9\n".encode("latin-1"), b"\0" * 100, b"a\0b\n",
-                b"train\r\nboat\r\ncow\r\n", b"../x\n", b"/etc/passwd\n", b"..\n", b"a_1/../../x train\n", b"JPEGImages/../../x.jpg\n", b"~/x\n", b"\\\\host\\x\n", b"x" * (20 << 20), b"a " * (10 << 20), b"a_1\n" * (1 << 20),
-                b"\n" * (30 << 20), b"a_1\na_1\n", b"a_1 train train\n", b"a_1 boat 0 1 99999999999999999999\n", b"a_1\t<script>alert(1)</script>\n", b"{}\n{0.__class__}\n{", b"<script>\n%s%n\n", b"x" * 5000 + b"\n", b"a\x1b[2Jb\n",
+                b"train\r\nboat\r\ncow\r\n", b"../x\n", b"/etc/passwd\n", b"..\n", b"a_1/../../x train\n", b"JPEGImages/../../x.jpg\n", b"~/x\n", b"\\\\host\\x\n", b"x" * (20 << 20), b"a " * (10 << 20), b"a_1\n" * (1 << 19),
+                b"\n" * (6 << 20), b"a_1\na_1\n", b"a_1 train train\n", b"a_1 boat 0 1 99999999999999999999\n", b"a_1\t<script>alert(1)</script>\n", b"{}\n{0.__class__}\n{", b"<script>\n%s%n\n", b"x" * 5000 + b"\n", b"a\x1b[2Jb\n",
                 "\u202egpj\n".encode(), "a\u2028b\n".encode(), "\ud800".encode(errors="surrogatepass"), b"".join(b"c%d\n" % n for n in range(300)), b"".join(b"%d\n" % n for n in range(200_000)) + b"5\n",
                 "\u0661\n".encode(), "a_1 \u00b2\n".encode(), b"background\n", b"con\nnul\n", b"a_1 " + b"9" * 5000 + b"\n")
 
@@ -299,13 +305,41 @@ def jsons():
     for image, thing in (({"height": 10 ** 9, "width": 10 ** 9}, {}), ({"file_name": "../../x.jpg"}, {}), ({"file_name": ".."}, {}), ({"file_name": "x.sh"}, {}), ({"file_name": 5}, {}), ({"height": -5}, {}), ({"height": "12"}, {}),
                          ({}, {"segmentation": [[0, 0, 1e9, 0, 1e9, 1e9]]}), ({}, {"segmentation": [[0, 0, float("nan"), 0, 5, 5]]}), ({}, {"segmentation": {"size": [10 ** 6, 10 ** 6], "counts": "05"}}), ({}, {"category_id": 12}),
                          ({}, {"segmentation": {"size": list(SIZE), "counts": [5, 10 ** 9]}}), ({}, {"segmentation": {"size": list(SIZE), "counts": [-5, 10]}}), ({}, {"segmentation": {"size": list(SIZE), "counts": "\x7f" * 40}}),
-                         ({}, {"segmentation": 5}), ({}, {"segmentation": [["a"] * 6]}), ({}, {"segmentation": [[]]}), ({}, {"image_id": []}), ({}, {"segmentation": {}}), ({}, {"category_id": {}})):
+                         ({}, {"segmentation": 5}), ({}, {"segmentation": [["a"] * 6]}), ({}, {"segmentation": [[]]}), ({}, {"image_id": []}), ({}, {"segmentation": {}}), ({}, {"category_id": {}}),
+                         *(({}, {"segmentation": {"size": list(SIZE), "counts": counts}}) for counts in ("0123456o", "o", "0" * 50 + "o" * 50))):        # the last goes on
         yield json.dumps(instances(image, thing)).encode()
 
 
 def instances(image=(), thing=()):
     return {"categories": [{"id": 1, "name": "person"}], "images": [{"id": 1, "file_name": "a_1.jpg", "height": SIZE[0], "width": SIZE[1], **dict(image)}],
             "annotations": [{"image_id": 1, "category_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]], "iscrowd": 0, **dict(thing)}]}
+
+
+def protocol(**changed):
+    """A score of eval.py's, with other parts in its protocol."""
+    return {"miou": 0.5, "pixel_accuracy": 0.9, "iou": {"background": 0.75, "train": 0.25, "cow": None}, "absent": ["cow"], "missed_pixels": 0,
+            "protocol": {"what": "cam", "split": "train", "pictures": 1, "limit": 0, "data": "toy", "pred": None, "oracle": False, "background": "constant", "value": 0.4,
+                         "made_by": {"source": "text", "args": {"tau_t": 0.01}}, **changed}}
+
+
+def scores():
+    """What is no score, by one part of another type."""
+    odd = (None, 5, -1, 1e308, float("nan"), 10 ** 400, "x", "\ud800", [], ["x"], {}, {"x": "y"}, json.loads("[" * 900 + "]" * 900))
+    yield from jsons()
+    for value in odd:
+        yield from (json.dumps({**protocol(), name: value}).encode() for name in ("miou", "pixel_accuracy", "iou", "protocol", "oracle_best"))
+        yield from (json.dumps({**protocol(), **part}).encode() for part in ({"iou": {"train": value}}, {"oracle_best": {"miou": value, "threshold": 0.5}}, {"oracle_best": {"miou": 0.5, "threshold": value}}))
+        yield from (json.dumps(protocol(**{name: value})).encode() for name in ("what", "split", "data", "pictures", "value", "background", "made_by", "oracle"))
+        yield from (json.dumps(protocol(made_by={"source": "text", **part})).encode() for part in ({"source": value}, {"args": value}, {"args": {"tau_t": value}}))
+        made = {"maps": {"source": "refine"}, "pixels": {"background": "constant", "value": 0.4}, "vote": "sams", "segments": {"folder": "x", "source": None}, "without_segments": 1, "background": "constant", "value": 0.4, "crf": None}
+        yield from (json.dumps(protocol(what="pseudo", made_by={**made, name: value})).encode() for name in made)
+        yield from (json.dumps(protocol(**{"what": "seg", "scales": [1.0], "flip": True, "crf": None, "made_by": {"model": "x"}, **part})).encode() for part in ({"scales": value}, {"crf": value}, {"made_by": {"model": value}}))
+
+
+def notes():
+    yield from jsons()
+    for value in (None, 5, "x", "\ud800", [], ["x"], [5], ["a\nb"], CLASSES, {}, {"x": "y"}, 10 ** 400, json.loads("[" * 900 + "]" * 900)):
+        yield from (json.dumps(part).encode() for part in ({"classes": value}, {"args": value}, *({"args": {"pseudo": "x", "source": "text", name: value}} for name in ("source", "clip", "pseudo", "x"))))
 
 
 def mats():
@@ -534,6 +568,15 @@ def read_log(path):
     return True
 
 
+def read_report(path):
+    """A folder of results with this file in it: what the page says of it, pictures aside."""
+    out = path.parent.parent if path.name == "recipe.json" else path.parent
+    common.versions = dict                                        # which would ask git
+    args, run = Namespace(data="data", out=out, split="train"), report.Run("", out, Namespace(classes=CLASSES, root=path.parent))
+    parts = [report.scores(args, Namespace(classes=CLASSES), [run]), report.curves(args, [run]), report.arguments([run])]
+    return all(part.encode(errors="xmlcharrefreplace") for part in parts) and report.lacking([run]) is not None
+
+
 def read_instances(path):
     images, _ = prepare_data.read_instances(path)
     for name, shape, things in images:
@@ -586,9 +629,18 @@ def readers():
         "features": ("a_1.npy", read_features, lambda: [features()], lambda: [*headers(), *map(objects, pickles()), np_bytes(np.full((3, 9), np.nan, np.float16)), np_bytes(np.full((3, 9), 99, np.float16))]),
         "recipe": ("recipe.json", read_recipe, lambda: [note], jsons),
         "log": ("match.jsonl", read_log, lambda: [log], jsons),
+        "report, log": ("match.jsonl", read_report, lambda: [log], jsons),
+        "report, recipe": ("recipe.json", read_report, lambda: [json.dumps({"args": {"source": "text", "clip": "x"}, "classes": CLASSES}).encode(), note], notes),
+        "report, score": ("eval_cam_train.json", read_report, lambda: [json.dumps(protocol()).encode()], scores),
         "instances": ("instances.json", read_instances, lambda: [json.dumps(instances()).encode()], jsons),
         "SBD": ("a_1.mat", read_sbd, lambda: [mat()], mats),
     }
+
+
+@functools.cache
+def listed(hurting):
+    """One list for the readers that meet the same files."""
+    return list(hurting())
 
 
 class Cases:
@@ -597,7 +649,9 @@ class Cases:
     def __init__(self, name, seed):
         self.file, self.reader, valid, hurting = readers()[name]
         self.valid, self.hurting, self.seed = valid(), hurting, seed
-        self.list = None
+
+    def built(self):
+        return listed(self.hurting)
 
     def write(self, number, folder):
         path = folder / self.file
@@ -616,9 +670,8 @@ class Cases:
     def content(self, number):
         if number == 0:
             return self.valid[0]
-        self.list = self.list if self.list is not None else list(self.hurting())
-        if number - 5 < len(self.list):
-            return self.list[number - 5]
+        if number - 5 < len(self.built()):
+            return self.built()[number - 5]
         rng = np.random.default_rng([self.seed, number])
         return changed(self.valid[number % len(self.valid)], rng, self.valid)
 
@@ -681,8 +734,14 @@ def verdict(reader, path, watch):
     return found, said, seconds, grown
 
 
+def end_with_parent():
+    """The system kills this process when its parent is gone, whatever a case is doing."""
+    ctypes.CDLL(None, use_errno=True).prctl(1, signal.SIGKILL)    # PR_SET_PDEATHSIG; of Linux, as /proc is
+
+
 def serve(jobs, seed, folder):
     """Cases in this process: [(reader, first, last)] -> a line of JSON as each begins, and one as it ends."""
+    end_with_parent()                                             # gone before this: the first line meets a closed pipe
     room = (int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()) + 2 * MEMORY       # torch alone maps gigabytes that it never touches
     resource.setrlimit(resource.RLIMIT_AS, (room, room))
     torch.set_num_threads(1)

@@ -1,4 +1,5 @@
 """The report on a tiny world of made-up results: one file, every part that there is, a line for every part that there is not."""
+import argparse
 import json
 import re
 import shutil
@@ -65,7 +66,7 @@ def world(tmp_path_factory, tiny_clip):
     (out / "pred/photos").mkdir()
     Image.new("RGB", (40, 20), "red").save(out / "pred/photos/mine.jpg")
     data.save_mask(out / "pred/photos/a_3.png", np.zeros((30, 40)))          # a photograph that has a picture's name
-    lines = [json.dumps(line) for line in ({"args": {"lr": 0.125, "note": "<i>"}, "versions": {"torch": "9.9"}, "world": 1}, {"step": 5, "seconds": 60, "loss": 2.5, "mask": 0.5},
+    lines = [json.dumps(line) for line in ({"args": {"lr": 0.125, "note": "<i>\ud800"}, "versions": {"torch": "9.9"}, "world": 1}, {"step": 5, "seconds": 60, "loss": 2.5, "mask": 0.5},
                                            {"step": 10, "seconds": 120, "loss": 1.5, "mask": 0.25, "lr": float("nan")})]
     (out / "match.jsonl").write_text("\n".join([*lines, '{"step": 15, "lo']))
     write(out / "eval_cam_train.json", score("cam", 0.61238, classes, background="constant", value=0.4, made_by={"source": "refine", "maps": 7}))
@@ -181,7 +182,7 @@ def test_masks_are_described_by_the_rule_that_made_them():
 
 
 def test_names_are_text(page):
-    assert ODD not in page and "&lt;b&gt;&amp;cow" in page and "&lt;i&gt;" in page and "<i>" not in page.replace('<i style="background', "")
+    assert ODD not in page and "&lt;b&gt;&amp;cow" in page and "&lt;i&gt;&#55296;" in page and "<i>" not in page.replace('<i style="background', "")
 
 
 def test_chosen_ids(world):
@@ -212,6 +213,37 @@ def test_what_does_not_fit_is_refused(world, tmp_path):
     refused(call("report.py", "--data", world / "data", "--out", tmp_path, "--device", "cpu"), "match.jsonl", "train_match.py again")
     write(tmp_path / "cam/recipe.json", {"args": {"source": "cls"}, "classes": ["dog"]})
     refused(call("report.py", "--data", world / "data", "--out", tmp_path, "--device", "cpu"), "other classes (1: dog)")
+
+
+@pytest.mark.parametrize("broken", [
+    {"protocol": {}}, {"protocol": 5}, {"protocol": {"what": "x"}}, {"protocol": {"what": []}}, {"iou": {"cat": "x"}}, {"iou": [0.5]}, {"miou": "0.5"}, {"miou": None}, {"miou": 1e9}, {"miou": float("nan")},
+    {"pixel_accuracy": 10 ** 400}, {"oracle_best": 5}, {"oracle_best": {"miou": "x", "threshold": 0.5}}, {"protocol": {"value": "x"}}, {"protocol": {"made_by": "x"}}, {"protocol": {"made_by": {"source": ["x"]}}},
+    {"protocol": {"made_by": {"source": "text", "args": {"tau_t": "x"}}}}])
+def test_a_broken_score_is_refused(tmp_path, broken):
+    whole = score("cam", 0.5, CLASSES, background="constant", value=0.4, made_by={"source": "cls"})
+    write(tmp_path / "eval_cam_train.json", whole)
+    folder = argparse.Namespace(classes=CLASSES, root=tmp_path)
+    assert report.Run("", tmp_path, folder).scores == [("cam_train", whole)]
+    part = broken.get("protocol")
+    write(tmp_path / "eval_cam_train.json", {**whole, **broken, **({"protocol": {**whole["protocol"], **part}} if isinstance(part, dict) and part else {})})
+    with pytest.raises(ValueError, match=r"eval_cam_train.json is no score of eval.py's.*: remove it and run eval.py again$"):
+        report.Run("", tmp_path, folder)
+    write(tmp_path / "eval_cam_train.json", {"accuracy": 5})                                      # somebody else's
+    assert report.Run("", tmp_path, folder).scores == []
+
+
+@pytest.mark.parametrize("broken", [{"args": {"source": ["x"]}}, {"args": {"clip": 5}}, {"args": {"source": {}}}, {"classes": 5}, {"classes": [1]}, {"classes": None}, {"classes": ["a\nb"]}])
+def test_a_broken_recipe_is_refused(tmp_path, broken):
+    write(tmp_path / "cam/recipe.json", broken)
+    with pytest.raises(ValueError, match=r"cam/recipe.json is no recipe of ours.*: remove it and run its stage again$"):
+        report.Run("", tmp_path, argparse.Namespace(classes=CLASSES, root=tmp_path))
+
+
+def test_a_line_without_seconds_is_left_out(tmp_path):
+    lines = [{"args": {}, "versions": {}}, {"step": 1, "seconds": 6, "loss": 0.5}, {"step": 2, "loss": 0.25}, {"step": 3, "seconds": "x", "loss": 0.125}]
+    (tmp_path / "match.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run = report.Run("", tmp_path, argparse.Namespace(classes=CLASSES, root=tmp_path))
+    assert "1 steps, 0.1 min" in report.curves(argparse.Namespace(data="data", out=tmp_path, split="train"), [run])
 
 
 def test_classes_take_turns(world):
