@@ -479,7 +479,7 @@ def read_folder(path):
     names = folder.classes + folder.backgrounds + data.class_texts(folder.classes)
     ids = folder.ids("train") if path.name == "train.txt" else []
     labels = folder.labels(["a_1"]) if path.name == "labels.txt" else None
-    return (all(name and len(name) < 200 and name.isprintable() for name in names) and all((root / "x" / id).resolve().parent == (root / "x").resolve() for id in ids)
+    return (all(name and len(name) < 200 and data.printable(name) for name in names) and all((root / "x" / id).resolve().parent == (root / "x").resolve() for id in ids)
             and (labels is None or labels.shape == (1, 3)))
 
 
