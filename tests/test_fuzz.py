@@ -1,4 +1,5 @@
 """Hostile and broken files, the short form of bench/fuzz.py with fixed seeds; and that its verdicts are not empty."""
+import mmap
 import os
 import sys
 import time
@@ -28,7 +29,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path):
 @pytest.mark.parametrize("reader,expected", [
     (lambda path: True, "accepted"), (lambda path: False, "wrong error"), (lambda path: data.regular(path, 1), "refused"), (lambda path: {}["x"], "wrong error"),
     (lambda path: (path.parent.parent / "b").mkdir(), "escaped"), (lambda path: open(path.parent.parent / "outside/canary").read(), "escaped"),
-    (lambda path: os.system("true"), "escaped"), (lambda path: np.ones(fuzz.MEMORY // 8 + 10 ** 7).sum() > 0, "memory")])
+    (lambda path: os.system("true"), "escaped"), (lambda path: mmap.mmap(-1, 1 << 28).write(bytes(1 << 28)) > 0, "memory")])       # numpy's might be memory that this process had before
 def test_the_judge_sees_what_it_should(tmp_path, monkeypatch, reader, expected):
     (tmp_path / "outside").mkdir(), (tmp_path / "in").mkdir(), (tmp_path / "outside/canary").write_text("x"), (tmp_path / "in/a_1.txt").write_text("xyz")
     monkeypatch.setattr(fuzz, "MEMORY", 1 << 27)
