@@ -16,7 +16,6 @@ import contextlib
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -49,7 +48,7 @@ def job(spec):
     else:
         stage(spec["script"], *spec["flags"])
         seconds = sum(spent)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps([seconds, peak / 1e6]))
 
