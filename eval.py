@@ -24,12 +24,13 @@ import tarfile
 from itertools import chain
 from pathlib import Path
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from wsss import clip_model, common, crf, data, gradcam, mask2former, metrics, segmenter
+from hosts import mask2former
+from plumbing import checkpoints, files, flags, folders, guard, images as image_files, maps as map_files, masks, processes, samples
+from wsss import clip_model, crf, gradcam, metrics, segmenter
 
 ORACLE = torch.arange(1, 100).double() / 100                                # thresholds tried by --oracle
 FREE = ("split", "limit", "batch_size", "seed", "what", "save", "voc_test", "clip", "pred", "cam", "pseudo", "background", "threshold", "alpha", "oracle")
@@ -37,12 +38,12 @@ VOC_TEST = 1456                                                             # pi
 
 
 def parse():
-    p = common.parser(__doc__, split="train", data=False)
+    p = flags.parser(__doc__, split="train", data=False)
     p.add_argument("--what", choices=["cam", "pseudo", "masks", "seg"], required=True, help="maps, pseudo masks, the masks in --pred, or the network")
     p.add_argument("--pred", type=Path, help="folder of <id>.png label maps (--what masks)")
     g = p.add_argument_group("--what cam, pseudo")
-    g.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out; those of IRN, PSA, CLIP-ES and FMA-WSSS are read too")
-    g.add_argument("--pseudo", type=common.name, default="pseudo", help="folder of pseudo masks in --out")
+    g.add_argument("--cam", type=flags.name, default="cam", help="folder of maps in --out; those of IRN, PSA, CLIP-ES and FMA-WSSS are read too")
+    g.add_argument("--pseudo", type=flags.name, default="pseudo", help="folder of pseudo masks in --out")
     g.add_argument("--background", choices=["constant", "power"], default="constant",
                    help="background score of a map: a constant, or (1 - max)^alpha as in CLIP-ES")
     g.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO)")
@@ -56,7 +57,7 @@ def parse():
     g.add_argument("--clip", help="CLIP of a clip_decoder, if it is not where it was in training")
     g.add_argument("--save", action="store_true", help="keep the predictions; those that are there are not made again")
     g.add_argument("--images", type=Path, help="folder of your own pictures to predict: no --data, no truth")
-    g.add_argument("--max-side", type=common.natural, default=640, help="--images: larger pictures are predicted at this longer side; 0: as they are")
+    g.add_argument("--max-side", type=flags.natural, default=640, help="--images: larger pictures are predicted at this longer side; 0: as they are")
     g.add_argument("--voc-test", action="store_true", help="predict VOC's test split and write the server's archive (comp6), checked")
     args = p.parse_args()
     if (args.what == "masks") != (args.pred is not None):
@@ -83,7 +84,7 @@ def parse():
 
 def foreground(cam, classes, size):
     """Maps (P, h, w) -> at the size of the truth: the label 1..C each pixel takes if it is foreground, and its score."""
-    maps = data.resize_maps(cam, size)                                      # (P, H, W)
+    maps = map_files.resize_maps(cam, size)                                      # (P, H, W)
     if len(classes) == 0:
         return torch.zeros(size, dtype=torch.long), torch.zeros(size)
     score, row = maps.max(dim=0)                                            # (H, W) each
@@ -111,7 +112,7 @@ def score_maps(args, folder, ids, labels, env):
     total = torch.zeros(len(thresholds), count, count + 1, dtype=torch.int64)
     for n in env.progress(env.shard(range(len(ids))), f"eval {args.what}"):
         truth = torch.from_numpy(folder.truth(ids[n]))
-        classes, cam = data.load_cam(args.out / args.cam / f"{ids[n]}.npy", labels[n], truth.shape)
+        classes, cam = map_files.load_cam(args.out / args.cam / f"{ids[n]}.npy", labels[n], truth.shape)
         label, score = foreground(cam, classes, truth.shape)
         total[:, :, :count] += metrics.sweep(truth, label, score.double(), thresholds, count)
     return total[order.argsort()]
@@ -127,7 +128,7 @@ def score_masks(args, folder, ids, env):
     count = len(folder.classes) + 1
     total = torch.zeros(1, count, count + 1, dtype=torch.int64)
     for id in env.progress(env.shard(ids), f"eval {args.what}"):
-        truth, mask = folder.truth(id), data.load_mask(where / f"{id}.png", len(folder.classes))
+        truth, mask = folder.truth(id), masks.load_mask(where / f"{id}.png", len(folder.classes))
         if truth.shape != mask.shape:
             raise ValueError(f"{where / id}.png is {mask.shape[1]}x{mask.shape[0]}, the truth {truth.shape[1]}x{truth.shape[0]}: "
                              "masks are scored at the picture's own size, make it again")
@@ -138,29 +139,29 @@ def score_masks(args, folder, ids, env):
 # ---------------------------------------------------------------- a network
 
 class Photos:
-    """A folder of somebody's own pictures, by file name without ending; as much of data.Folder as prediction needs."""
+    """A folder of somebody's own pictures, by file name without ending; as much of folders.Folder as prediction needs."""
 
     def __init__(self, root, max_side):
         self.max_side = max_side
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is no folder: --images is a folder of pictures")
         self.paths = {}
-        for path in sorted(path for path in root.iterdir() if path.suffix in data.PICTURES):
+        for path in sorted(path for path in root.iterdir() if path.suffix in image_files.PICTURES):
             if path.stem in self.paths:
                 raise ValueError(f"{path} and {self.paths[path.stem].name} would both be written to {path.stem}.png: rename one")
             self.paths[path.stem] = path
         if not self.paths:
-            raise FileNotFoundError(f"{root} holds no picture ({', '.join(data.PICTURES[:3])})")
+            raise FileNotFoundError(f"{root} holds no picture ({', '.join(image_files.PICTURES[:3])})")
 
     def picture(self, id):
         return self.paths[id]
 
     def image(self, id):
         twice = (2 * self.max_side, 2 * self.max_side)                      # what a large JPEG must still have for a good filter
-        image = data.load_image(self.paths[id], twice if self.max_side else None)
+        image = image_files.load_image(self.paths[id], twice if self.max_side else None)
         if self.max_side:                                                   # a phone's 12 million pixels would take 37 GB at the default scales
             image.thumbnail((self.max_side, self.max_side), Image.BICUBIC)
-        return data.to_float(image)
+        return image_files.to_float(image)
 
 
 def finish(id, picture, image, probability, args, classes, where, device="cpu"):
@@ -171,17 +172,17 @@ def finish(id, picture, image, probability, args, classes, where, device="cpu"):
     if args.images:
         jpeg = io.BytesIO()                                                 # PIL's JPEG writer does not notice a full disk, Python's file does
         overlay(image, mask, classes).save(jpeg, format="JPEG", quality=92)
-        with data.atomic(where / f"{id}.jpg") as beside:
+        with files.atomic(where / f"{id}.jpg") as beside:
             beside.write_bytes(jpeg.getvalue())
-        mask = np.array(Image.fromarray(mask).resize(data.picture_size(picture)[::-1], Image.NEAREST))      # at the photograph's size again
+        mask = np.array(Image.fromarray(mask).resize(image_files.picture_size(picture)[::-1], Image.NEAREST))      # at the photograph's size again
     if args.save:                                                           # last: it marks the picture as finished
-        data.save_mask(where / f"{id}.png", mask)
+        masks.save_mask(where / f"{id}.png", mask)
     return id, mask
 
 
 def overlay(image, mask, classes):
     """The picture under the colours of its prediction, outlined, with the names of the classes below."""
-    colour = data.palette()[mask]                                           # (H, W, 3)
+    colour = masks.palette()[mask]                                           # (H, W, 3)
     edge = np.zeros(mask.shape, bool)
     edge[1:], edge[:, 1:] = mask[1:] != mask[:-1], mask[:, 1:] != mask[:, :-1]
     shown = np.where(edge[..., None], 255, np.where(mask[..., None] > 0, 0.45 * image + 0.55 * colour, image))
@@ -191,7 +192,7 @@ def overlay(image, mask, classes):
     draw = ImageDraw.Draw(canvas)
     for row, k in enumerate(found):
         top = image.shape[0] + 16 * row
-        draw.rectangle((3, top + 3, 13, top + 13), fill=tuple(data.palette()[k].tolist()))
+        draw.rectangle((3, top + 3, 13, top + 13), fill=tuple(masks.palette()[k].tolist()))
         draw.text((18, top + 2), f"{classes[k - 1]}  {100 * (mask == k).mean():.0f} %", fill="black")
     return canvas
 
@@ -199,13 +200,13 @@ def overlay(image, mask, classes):
 def load_network(args, env):
     """<out>/seg.pt on its device; VPL's decoder with the frozen CLIP it was trained on."""
     path = args.out / "seg.pt"
-    content = common.load(path, "seg")
+    content = checkpoints.load(path, "seg")
     if content["args"]["model"] in mask2former.NAMES:
         return mask2former.rebuild_mask2former(content, path).eval().to(env.device)
     if content["args"]["model"] != "clip_decoder":
         return segmenter.load_segmenter(path).to(env.device)
     name = args.clip or content["args"]["clip"]
-    common.inputs(clip=name)                                               # must be sound
+    checkpoints.inputs(clip=name)                                               # must be sound
     clip = env.in_turn(lambda: clip_model.load_clip(name, env.device))
     if clip.fingerprint() != content["clip"]:
         raise ValueError(f"{path} was trained on another CLIP than {name}: give its name or file with --clip")
@@ -219,7 +220,7 @@ def predict(args, folder, ids, classes, env, where):
     todo = [id for id in mine if id not in done]
     model = load_network(args, env)
     busy = args.workers if args.crf and env.device.type == "cpu" else 0     # the CRF is what takes time; a GPU does it faster itself
-    loader = data.by_size(folder, todo, args.batch_size, env, 0 if busy else args.workers)
+    loader = samples.by_size(folder, todo, args.batch_size, env, 0 if busy else args.workers)
 
     def tasks():
         for numbers, images in loader:
@@ -228,8 +229,8 @@ def predict(args, folder, ids, classes, env, where):
             for i, image, probability in zip(numbers, images, probabilities):
                 yield todo[i], folder.picture(todo[i]), np.uint8((255 * image).round().permute(1, 2, 0)), probability, args, classes, where, env.device
 
-    made = common.pooled(finish, tasks(), busy, where)
-    kept = ((id, data.load_mask(where / f"{id}.png", len(classes))) for id in done)
+    made = processes.pooled(finish, tasks(), busy, where)
+    kept = ((id, masks.load_mask(where / f"{id}.png", len(classes))) for id in done)
     yield from env.progress(chain(kept, made), "predictions", len(mine))
 
 
@@ -237,7 +238,7 @@ def score_network(args, folder, ids, classes, env):
     """Confusion matrix (1, C, C + 1) of the network's predictions, zeros where there is no truth to score with. Says what was predicted."""
     where = args.out / "pred" / (args.images.resolve().name if args.images else args.split)
     if args.save:
-        common.open_folder(where, args, env, FREE, classes=classes, data=(args.images or args.data).resolve().name)
+        checkpoints.open_folder(where, args, env, FREE, classes=classes, data=(args.images or args.data).resolve().name)
     count = len(classes) + 1
     total, pixels = torch.zeros(1, count, count + 1, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
     for id, mask in predict(args, folder, ids, classes, env, where):
@@ -258,12 +259,12 @@ def score_network(args, folder, ids, classes, env):
 def archive(args, folder, ids):
     """The VOC server's archive of the saved predictions, as comp6: CLIP and ImageNet are outside data. Every file is checked first."""
     where, path = args.out / "pred" / "test", args.out / "comp6_test.tgz"
-    with data.atomic(path) as beside, tarfile.open(beside, "w:gz") as tar:
+    with files.atomic(path) as beside, tarfile.open(beside, "w:gz") as tar:
         for id in ids:
             file = where / f"{id}.png"
-            mask, size = data.load_mask(file, len(folder.classes)), data.picture_size(folder.picture(id))
+            mask, size = masks.load_mask(file, len(folder.classes)), image_files.picture_size(folder.picture(id))
             with Image.open(file) as image:
-                if image.mode != "P" or mask.shape != size or (mask == data.IGNORE).any():
+                if image.mode != "P" or mask.shape != size or (mask == masks.IGNORE).any():
                     raise ValueError(f"{file} is no palette mask of {size[1]}x{size[0]} without 255: remove it and run this command again")
             tar.add(file, f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png")
     return path
@@ -283,15 +284,15 @@ def protocol(args, ids, classes):
     if args.what == "cam":
         facts |= {"background": args.background, "value": args.threshold if args.background == "constant" else args.alpha}
     if args.what == "seg":
-        content = common.load(args.out / "seg.pt", "seg", classes)
-        facts |= {"scales": args.scales, "flip": args.flip, "crf": args.preset if args.crf else None, "weights": common.fingerprint(args.out / "seg.pt"),
+        content = checkpoints.load(args.out / "seg.pt", "seg", classes)
+        facts |= {"scales": args.scales, "flip": args.flip, "crf": args.preset if args.crf else None, "weights": files.fingerprint(args.out / "seg.pt"),
                   "made_by": content["args"]}                               # network, its start, its masks, its schedule
     made_by = args.out / f"{subject(args)}.json"                            # cam.json, pseudo.json: source, scales, CRF
     if args.what in ("cam", "pseudo"):
-        facts["made_by"] = common.read_json(made_by) if made_by.exists() else None
+        facts["made_by"] = files.read_json(made_by) if made_by.exists() else None
         trained = (facts["made_by"] or {}).get("classes", classes)
         if trained != classes:
-            raise ValueError(f"{made_by}: made for other classes ({common.describe(trained)}) than --data has ({common.describe(classes)}): make them again")
+            raise ValueError(f"{made_by}: made for other classes ({checkpoints.describe(trained)}) than --data has ({checkpoints.describe(classes)}): make them again")
     return facts
 
 
@@ -321,18 +322,18 @@ def show(found):
 
 def main():
     args = parse()
-    env = common.Env(args)
+    env = processes.Env(args)
     if args.images and args.images.resolve().parent == (args.out / "pred").resolve():
         raise ValueError(f"{args.images} is where predictions are written: move the pictures to another folder")
-    folder = Photos(args.images, args.max_side) if args.images else data.Folder(args.data)
+    folder = Photos(args.images, args.max_side) if args.images else folders.Folder(args.data)
     ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
     path = args.out / f"eval_{subject(args)}_{args.split}.json"
-    common.claim(args.out / "pred" / args.images.resolve().name if args.images else path)
-    if args.voc_test and (folder.classes != data.VOC_CLASSES or len(ids) != VOC_TEST):
+    guard.claim(args.out / "pred" / args.images.resolve().name if args.images else path)
+    if args.voc_test and (folder.classes != folders.VOC_CLASSES or len(ids) != VOC_TEST):
         raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} pictures in its split test, VOC 2012 has 20 and {VOC_TEST:,}")
     if args.what == "seg":
-        args.inputs = common.inputs(network=args.out / "seg.pt")
-        classes = common.load(args.out / "seg.pt", "seg", None if args.images else folder.classes)["classes"]
+        args.inputs = checkpoints.inputs(network=args.out / "seg.pt")
+        classes = checkpoints.load(args.out / "seg.pt", "seg", None if args.images else folder.classes)["classes"]
     else:
         classes = folder.classes
     if args.images or args.voc_test:
@@ -356,10 +357,10 @@ def main():
             found["protocol"]["oracle"] = "the threshold of oracle_best was chosen on the truth of this split"
             found["oracle_best"] = {"threshold": ORACLE[best].item(), "miou": scores[best]}
             found["oracle_sweep"] = {f"{t:.2f}": s for t, s in zip(ORACLE.tolist(), scores)}
-        common.save_json(path, found)
+        files.save_json(path, found)
         show(found)
     env.close()
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

@@ -27,26 +27,27 @@ rule is painted by size, the smaller on top, then by place. A picture that has n
 import argparse
 from pathlib import Path
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 
-from wsss import common, crf, data, segments
+from hosts import segments
+from plumbing import checkpoints, files, flags, folders, foreign, guard, images, log, maps as map_files, masks, processes
+from wsss import crf
 
 
 def parse():
-    p = common.parser(__doc__)
-    p.add_argument("--cam", type=common.name, default="cam", help="folder of maps in --out; those of IRN, PSA, CLIP-ES and FMA-WSSS are read too")
-    p.add_argument("--pseudo", type=common.name, default="pseudo", help="folder in --out for the masks, to keep those of several sources side by side")
+    p = flags.parser(__doc__)
+    p.add_argument("--cam", type=flags.name, default="cam", help="folder of maps in --out; those of IRN, PSA, CLIP-ES and FMA-WSSS are read too")
+    p.add_argument("--pseudo", type=flags.name, default="pseudo", help="folder in --out for the masks, to keep those of several sources side by side")
     p.add_argument("--background", choices=["constant", "power"], default="constant", help="background score: a constant, or (1 - max)^alpha as in CLIP-ES")
     p.add_argument("--threshold", type=float, default=0.43, help="the constant (WeakTr and SemPLeS: 0.43 VOC, 0.42 COCO); raise it if masks swallow the background")
     p.add_argument("--alpha", type=float, default=1.0, help="exponent of --background power")
     p.add_argument("--segments", type=Path, help="folder of segments that vote for a class each: make_segments.py's, or another's (see above)")
     p.add_argument("--vote", choices=["sams", "sepl"], help="with --segments: FMA-WSSS's seeds or SEPL's vote (default: sams)")
-    p.add_argument("--power", type=common.above_zero, help="exponent of the segments' background score in --vote sams; raise it if masks are too large (default: 0.6)")
+    p.add_argument("--power", type=flags.above_zero, help="exponent of the segments' background score in --vote sams; raise it if masks are too large (default: 0.6)")
     p.add_argument("--crf", action=argparse.BooleanOptionalAction, help="dense CRF; --no-crf: the best score of each pixel (default: --crf, but not in --vote sams)")
     p.add_argument("--preset", choices=list(crf.PRESETS), default="weaktr", help="weaktr: SemPLeS on VOC; irn: on COCO; deeplab: CLIP-ES and VPL")
-    p.add_argument("--iterations", type=common.positive, default=10, help="mean-field iterations")
+    p.add_argument("--iterations", type=flags.positive, default=10, help="mean-field iterations")
     p.add_argument("--backend", choices=["auto", "pydensecrf", "torch"], default="auto", help="auto: pydensecrf where it is installed; torch on a GPU")
     p.add_argument("--ignore-below", type=float, default=0.0, help="pixels whose best posterior is lower become 255 (CLIP-ES and VPL: 0.95)")
     args = p.parse_args()
@@ -97,7 +98,7 @@ def sepl(segments, mask, half=0.5, most=0.85):
 
     Of several such classes it takes the one that covers most of it, of equal ones the first. Segments over each other are painted by that share."""
     total = np.bincount(mask.ravel(), minlength=256)
-    total[[0, data.IGNORE]] = 0                                            # neither is a class
+    total[[0, masks.IGNORE]] = 0                                            # neither is a class
     chosen, labels, shares = [], [], []
     for s in segments:
         inside = np.bincount(mask[s.where][s.mask], minlength=256)         # (256,) pixels of every label
@@ -113,7 +114,7 @@ def sepl(segments, mask, half=0.5, most=0.85):
 def pseudo_mask(image, classes, cam, segments, args, device="cpu"):
     """(H, W, 3) uint8, present classes (P,), their maps (P, h, w) in [0, 1], segments or none -> label map (H, W) uint8."""
     value = args.threshold if args.background == "constant" else args.alpha
-    scores = data.add_background(data.resize_maps(cam, image.shape[:2]), args.background, value)        # (1 + P, H, W)
+    scores = map_files.add_background(map_files.resize_maps(cam, image.shape[:2]), args.background, value)        # (1 + P, H, W)
     if args.crf:
         scores = torch.from_numpy(crf.dense_crf(image, scores, args.preset, args.iterations, args.backend, device))
     labels = np.array([0, *(k + 1 for k in classes)], dtype=np.uint8)
@@ -121,21 +122,21 @@ def pseudo_mask(image, classes, cam, segments, args, device="cpu"):
         return labels[sams(segments, scores[1:].numpy(), args.power)]
     best, row = scores.max(0)                                                                           # (H, W) each
     mask = labels[row.numpy()]                                                                          # a tensor of one pixel would be taken for a number
-    mask[best.numpy() < args.ignore_below] = data.IGNORE
+    mask[best.numpy() < args.ignore_below] = masks.IGNORE
     return sepl(segments, mask) if segments else mask
 
 
 def load_segments(id, args, size):
-    return segments.load_segments(segments.segments_of(args.segments, id), size, data.FmaReader) if args.segments else []
+    return segments.load_segments(segments.segments_of(args.segments, id), size, foreign.FmaReader) if args.segments else []
 
 
 def make(picture, id, label, args, device="cpu"):
     """Writes the mask of one picture -> count(its mask, its segments)."""
-    image = np.array(data.load_image(picture))
-    classes, cam = data.load_cam(args.out / args.cam / f"{id}.npy", label, image.shape[:2])
+    image = np.array(images.load_image(picture))
+    classes, cam = map_files.load_cam(args.out / args.cam / f"{id}.npy", label, image.shape[:2])
     segments = load_segments(id, args, image.shape[:2])
     mask = pseudo_mask(image, classes, cam, segments, args, device)
-    data.save_mask(args.out / args.pseudo / f"{id}.png", mask)
+    masks.save_mask(args.out / args.pseudo / f"{id}.png", mask)
     return count(mask, segments)
 
 
@@ -147,12 +148,12 @@ def count(mask, segments):
 def summary(args, folder, labels, pixels, bare):
     """Content of pseudo.json; `pixels` (256,) of every label value, `bare` pictures without segments. A class that is present and never predicted is a first sign of trouble."""
     maps = args.out / f"{args.cam}.json"
-    maps = common.read_json(maps) if maps.exists() else {}
+    maps = files.read_json(maps) if maps.exists() else {}
     share = pixels / pixels.sum()
     rule, voted = {"background": args.background, "value": args.threshold if args.background == "constant" else args.alpha}, {}
     if args.segments:
         recipe = args.segments / "recipe.json"                             # make_segments.py's; others' have none
-        recipe = common.read_json(recipe) if recipe.exists() else {}
+        recipe = files.read_json(recipe) if recipe.exists() else {}
         source = {"folder": str(args.segments), "source": recipe.get("args", {}).get("source"), "weights": recipe.get("weights")}
         voted = {"segments": source, "vote": args.vote, "without_segments": bare}
     if args.vote == "sams":                                                # the CRF, and a picture without segments, see the other
@@ -160,48 +161,48 @@ def summary(args, folder, labels, pixels, bare):
     return {
         "maps": {k: maps[k] for k in ("source", "weights", "scales", "flip") if k in maps}, "classes": folder.classes, "pictures": len(labels),
         **rule, **voted, "crf": args.preset if args.crf else None, "iterations": args.iterations, "ignore_below": args.ignore_below,
-        "share": dict(zip(["background", *folder.classes], share.tolist())), "ignored": share[data.IGNORE].item(),
+        "share": dict(zip(["background", *folder.classes], share.tolist())), "ignored": share[masks.IGNORE].item(),
         "never_predicted": [name for k, name in enumerate(folder.classes) if labels[:, k].any() and not pixels[k + 1]],
-        "args": common.plain(args), "versions": common.versions()}
+        "args": flags.plain(args), "versions": log.versions()}
 
 
 def main():
     args = parse()
-    env = common.Env(args)
-    common.claim(args.out / args.pseudo)
-    folder = data.Folder(args.data)
+    env = processes.Env(args)
+    guard.claim(args.out / args.pseudo)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels = folder.labels(ids)
     where = args.out / args.pseudo
-    missing = [id for id in ids if not data.cam_path(args.out / args.cam / f"{id}.npy").exists()]
+    missing = [id for id in ids if not map_files.cam_path(args.out / args.cam / f"{id}.npy").exists()]
     if missing:
         raise FileNotFoundError(f"{args.out / args.cam / missing[0]}.npy is missing, and {len(missing) - 1} more of {len(ids)}: run make_cam.py --split {args.split} first")
     bare = [id for id in ids if args.segments and not segments.segments_of(args.segments, id)]
     if bare:
         raise FileNotFoundError(f"{args.segments} has no segments of {bare[0]}, and {len(bare) - 1} more of {len(ids)}: run make_segments.py --split {args.split} first")
-    args.inputs = common.inputs(cam=args.out / args.cam, **({"segments": args.segments} if args.segments else {}))
-    common.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "amp", "segments"), classes=folder.classes)
+    args.inputs = checkpoints.inputs(cam=args.out / args.cam, **({"segments": args.segments} if args.segments else {}))
+    checkpoints.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "amp", "segments"), classes=folder.classes)
 
     mine = env.shard(range(len(ids)))
     todo = [n for n in mine if not (where / f"{ids[n]}.png").exists()]
     pixels = np.zeros(257, np.int64)
     for n in set(mine) - set(todo):
-        mask = data.load_mask(where / f"{ids[n]}.png", len(folder.classes))
+        mask = masks.load_mask(where / f"{ids[n]}.png", len(folder.classes))
         pixels += count(mask, load_segments(ids[n], args, mask.shape))
     gpu = env.device.type == "cuda" and args.backend != "pydensecrf"       # one GPU is faster than the processes that would share it
     tasks = ((folder.picture(ids[n]), ids[n], labels[n].numpy(), args, env.device) for n in todo)
-    made = common.pooled(make, tasks, 0 if gpu else args.workers, where)
+    made = processes.pooled(make, tasks, 0 if gpu else args.workers, where)
     for counts in env.progress(made, "pseudo masks", len(mine), len(mine) - len(todo)):
         pixels += counts
 
     *pixels, bare = env.sum(torch.from_numpy(pixels)).tolist()
     found = summary(args, folder, labels, torch.tensor(pixels).double(), bare)
     if env.main:
-        common.save_json(args.out / f"{args.pseudo}.json", found)
+        files.save_json(args.out / f"{args.pseudo}.json", found)
     env.close(f"{where}: {len(ids)} masks, {100 * (1 - found['share']['background'] - found['ignored']):.1f} % foreground, "
               f"{100 * found['ignored']:.1f} % ignored; present but never predicted: {', '.join(found['never_predicted']) or 'no class'}"
               + (f"; {bare} without segments, masked as without --segments" if args.segments else ""))
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

@@ -24,13 +24,13 @@ import argparse
 import math
 from pathlib import Path
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torchvision.ops import nms
 
-from wsss import common, data, segments
+from hosts import segments
+from plumbing import checkpoints, files as plain_files, flags, folders, guard, images, log, processes, weights as weight_files
 
 SCALES = {"felzenszwalb": [50], "slic": [200]}                          # felzenszwalb's scale; slic's number of superpixels
 OVERLAP = 512 / 1500                                                    # of neighbouring crops, as a share of the shorter side (SAM)
@@ -40,23 +40,23 @@ FOR_SAM = ("sam", "points", "points_per_batch", "crop_layers", "pred_iou", "stab
 
 
 def parse():
-    p = common.parser(__doc__)
+    p = flags.parser(__doc__)
     p.add_argument("--source", choices=["sam", *SCALES], default="sam", help="sam; felzenszwalb, slic: superpixels, which need no weights")
-    p.add_argument("--segments", type=common.name, default="segments", help="folder in --out, to keep segments of several sources side by side")
-    p.add_argument("--min-area", type=common.natural, default=100, help="pixels; smaller islands and holes go (sam), smaller superpixels are merged (felzenszwalb)")
+    p.add_argument("--segments", type=flags.name, default="segments", help="folder in --out, to keep segments of several sources side by side")
+    p.add_argument("--min-area", type=flags.natural, default=100, help="pixels; smaller islands and holes go (sam), smaller superpixels are merged (felzenszwalb)")
     g = p.add_argument_group("sam")
     g.add_argument("--sam", default="facebook/sam-vit-huge", help="a SAM on the Hugging Face hub, or a folder with its files")
-    g.add_argument("--points", type=common.positive, default=32, help="points a side of the grid; half as many in the crops of each further layer")
-    g.add_argument("--points-per-batch", type=common.positive, default=64, help="points a pass through the decoder, lower it if memory is short")
-    g.add_argument("--crop-layers", type=common.natural, default=1, help="1: also 2 x 2 overlapping crops; 2: also 4 x 4; 0: the whole picture alone")
+    g.add_argument("--points", type=flags.positive, default=32, help="points a side of the grid; half as many in the crops of each further layer")
+    g.add_argument("--points-per-batch", type=flags.positive, default=64, help="points a pass through the decoder, lower it if memory is short")
+    g.add_argument("--crop-layers", type=flags.natural, default=1, help="1: also 2 x 2 overlapping crops; 2: also 4 x 4; 0: the whole picture alone")
     g.add_argument("--pred-iou", type=float, default=0.86, help="least IoU that SAM expects of a mask")
     g.add_argument("--stability", type=float, default=0.92, help="least IoU of a mask's cuts at the logits -1 and 1")
     g.add_argument("--nms", type=float, default=0.7, help="of two masks whose boxes have a larger IoU one stays: SAM's best of a crop, then the smaller crop's")
     g.add_argument("--whole-bonus", type=float, default=0.1, help="wholes (level 2) need that much less of --pred-iou")
     g.add_argument("--whole-first", action=argparse.BooleanOptionalAction, default=True, help="wholes win against parts in --nms")
-    g.add_argument("--covered", type=common.share, default=0.3, help="a part goes if one segment of a higher level that stays covers this share of it; 0: all stay")
+    g.add_argument("--covered", type=flags.share, default=0.3, help="a part goes if one segment of a higher level that stays covers this share of it; 0: all stay")
     g = p.add_argument_group("superpixels")
-    g.add_argument("--scales", type=common.above_zero, nargs="+", help="felzenszwalb: its scale, larger is coarser (default: 50); slic: how many superpixels (default: 200)")
+    g.add_argument("--scales", type=flags.above_zero, nargs="+", help="felzenszwalb: its scale, larger is coarser (default: 50); slic: how many superpixels (default: 200)")
     args = p.parse_args()
     unused = {"sam": ("scales",), "felzenszwalb": FOR_SAM, "slic": (*FOR_SAM, "min_area")}[args.source]
     changed = [f"--{name.replace('_', '-')}" for name in unused if getattr(args, name) != p.get_default(name)]
@@ -116,7 +116,7 @@ class Sam:
             require(library, library)
         import transformers
         transformers.utils.logging.disable_progress_bar()
-        self.folder = env.in_turn(lambda: common.from_hub(args.sam))
+        self.folder = env.in_turn(lambda: weight_files.from_hub(args.sam))
         try:
             model, report = transformers.SamModel.from_pretrained(self.folder, output_loading_info=True)
             self.processor = transformers.SamProcessor.from_pretrained(self.folder)
@@ -241,9 +241,9 @@ def require(module, package):
 
 def make(picture, path, args, segmenter):
     """Writes the segments of one picture -> counts of them."""
-    image = np.array(data.load_image(picture))
+    image = np.array(images.load_image(picture))
     found = segmenter(image) if segmenter else superpixels(image, args)
-    with data.atomic(path) as beside, open(beside, "wb") as file:
+    with plain_files.atomic(path) as beside, open(beside, "wb") as file:
         segments.save_segments(file, image.shape[:2], found)
     return count([s.level for s in found])
 
@@ -256,14 +256,14 @@ def count(levels):
 def weights(folder):
     """Fingerprints of the weights in a folder, of all its shards."""
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder).glob("*.bin"))
-    return " ".join(common.fingerprint(file) for file in files)
+    return " ".join(plain_files.fingerprint(file) for file in files)
 
 
 def main():
     args = parse()
-    env = common.Env(args)
-    common.claim(args.out / args.segments)
-    folder = data.Folder(args.data)
+    env = processes.Env(args)
+    guard.claim(args.out / args.segments)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     where = args.out / args.segments
     if args.source == "sam":
@@ -272,7 +272,7 @@ def main():
     else:
         require("skimage", "scikit-image")
         segmenter, facts = None, {}
-    common.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "points_per_batch", *([] if segmenter else ["amp"])), **facts)
+    checkpoints.open_folder(where, args, env, free=("split", "limit", "batch_size", "seed", "points_per_batch", *([] if segmenter else ["amp"])), **facts)
 
     mine = env.shard(range(len(ids)))
     todo = [n for n in mine if not (where / f"{ids[n]}.npz").exists()]
@@ -280,17 +280,17 @@ def main():
     for n in set(mine) - set(todo):
         total += count(segments.load_levels(where / f"{ids[n]}.npz"))
     tasks = ((folder.picture(ids[n]), where / f"{ids[n]}.npz", args, segmenter) for n in todo)
-    made = common.pooled(make, tasks, 0 if segmenter else args.workers, where)
+    made = processes.pooled(make, tasks, 0 if segmenter else args.workers, where)
     for counts in env.progress(made, "segments", len(mine), len(mine) - len(todo)):
         total += counts
 
     *levels, bare = env.sum(torch.from_numpy(total)).tolist()
     if env.main:
-        common.save_json(args.out / f"{args.segments}.json", {"source": args.source, **facts, "pictures": len(ids), "segments": sum(levels), "levels": levels,
-                                                              "pictures_without": bare, "args": common.plain(args), "versions": common.versions()})
+        plain_files.save_json(args.out / f"{args.segments}.json", {"source": args.source, **facts, "pictures": len(ids), "segments": sum(levels), "levels": levels,
+                                                              "pictures_without": bare, "args": flags.plain(args), "versions": log.versions()})
     env.close(f"{where}: {len(ids)} pictures, {sum(levels) / len(ids):.1f} segments each ({', '.join(f'{n / len(ids):.1f}' for n in levels)} "
               f"of level 0, 1, 2); {bare} pictures without any")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

@@ -15,15 +15,15 @@ import io
 import warnings
 from pathlib import Path
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from wsss import common, data, generator
-from wsss.toy import (CLASSES, CLIP_SAMPLES, GROUNDS, NEUTRAL, OBJECTS, OWN, blob, finish, grow, object_on_texture, paste, region, scene, sprite, texture)
+from plumbing import checkpoints, files, flags, guard, masks
+from wsss import generator
+from toy.drawings import (CLASSES, CLIP_SAMPLES, GROUNDS, NEUTRAL, OBJECTS, OWN, blob, finish, grow, object_on_texture, paste, region, scene, sprite, texture)
 
 with warnings.catch_warnings():                          # it imports pkg_resources, which warns at every start
     warnings.simplefilter("ignore")
@@ -231,13 +231,13 @@ def write_pictures(out, seed, train, val, size):
         if not picture.exists():                                           # else an interrupted run made it
             jpeg = io.BytesIO()                                            # PIL's JPEG writer does not notice a full disk, Python's file does
             Image.fromarray(drawn.image).save(jpeg, format="JPEG", quality=92)
-            with common.atomic(picture) as beside:
+            with files.atomic(picture) as beside:
                 beside.write_bytes(jpeg.getvalue())
         if not mask.exists():
-            data.save_mask(mask, drawn.mask)
+            masks.save_mask(mask, drawn.mask)
     lists = {f"ImageSets/Segmentation/{split}.txt": [f"toy_{i:06d}" for i in chosen] for split, chosen in numbers.items()}
     for file, lines in {**lists, "labels.txt": labels, "classes.txt": CLASSES, "backgrounds.txt": GROUNDS}.items():
-        with common.atomic(out / file) as beside:
+        with files.atomic(out / file) as beside:
             beside.write_text("".join(f"{line}\n" for line in lines))
 
 
@@ -246,19 +246,19 @@ def find_weights(args):
     paths = [args.weights / "toy_clip.pt", args.weights / "toy_backbone.pt"]
     if args.train_weights:
         args.weights.mkdir(parents=True, exist_ok=True)
-        common.save(paths[0], **pack(train_clip(args.weights_seed, args.clip_steps), words(), seed=args.weights_seed, steps=args.clip_steps))
-        common.save(paths[1], model=train_backbone(args.weights_seed, args.backbone_steps))
-        with common.atomic(args.weights / "SHA256SUMS") as beside:
-            beside.write_text("".join(f"{common.sha256(path)}  {path.name}\n" for path in paths))
+        checkpoints.save(paths[0], **pack(train_clip(args.weights_seed, args.clip_steps), words(), seed=args.weights_seed, steps=args.clip_steps))
+        checkpoints.save(paths[1], model=train_backbone(args.weights_seed, args.backbone_steps))
+        with files.atomic(args.weights / "SHA256SUMS") as beside:
+            beside.write_text("".join(f"{files.sha256(path)}  {path.name}\n" for path in paths))
     for path in paths:
         if not path.exists():
             raise FileNotFoundError(f"{path} is missing: it comes with the repository; --train-weights makes another")
     sums = args.weights / "SHA256SUMS"
     for path in paths:
-        if sums.exists() and common.sha256(path) not in sums.read_text():
+        if sums.exists() and files.sha256(path) not in sums.read_text():
             raise ValueError(f"{path}: its SHA-256 is not in {sums}: take the repository's, or --train-weights")
     try:
-        return [torch.load(common.sound(path), weights_only=True) for path in paths]
+        return [torch.load(checkpoints.sound(path), weights_only=True) for path in paths]
     except Exception as error:                                             # zip, pickle and torch each raise their own for a foreign file
         raise ValueError(f"{args.weights} holds a file that is no checkpoint ({type(error).__name__}): take the repository's, or --train-weights") from error
 
@@ -269,15 +269,15 @@ def parse():
 
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Manual)
     p.add_argument("--out", type=Path, default=Path("data/toy"), help="data folder to make")
-    p.add_argument("--seed", type=common.natural, default=0, help="seed of the pictures; a longer data set begins with the shorter one's pictures")
-    p.add_argument("--train", type=common.positive, default=384, help="pictures to train on")
-    p.add_argument("--val", type=common.positive, default=128, help="pictures to validate on")
-    p.add_argument("--size", type=common.positive, default=96, help="side of a picture in pixels, 32 to 1024")
+    p.add_argument("--seed", type=flags.natural, default=0, help="seed of the pictures; a longer data set begins with the shorter one's pictures")
+    p.add_argument("--train", type=flags.positive, default=384, help="pictures to train on")
+    p.add_argument("--val", type=flags.positive, default=128, help="pictures to validate on")
+    p.add_argument("--size", type=flags.positive, default=96, help="side of a picture in pixels, 32 to 1024")
     p.add_argument("--weights", type=Path, default=ROOT / "weights", help="where the two pre-trained networks are stored")
     p.add_argument("--train-weights", action="store_true", help="train the two networks anew and replace those in --weights")
-    p.add_argument("--weights-seed", type=common.natural, default=0, help="seed of the networks and of what they are trained on")
-    p.add_argument("--clip-steps", type=common.positive, default=800, help="training steps of the CLIP")
-    p.add_argument("--backbone-steps", type=common.positive, default=500, help="training steps of the trunk")
+    p.add_argument("--weights-seed", type=flags.natural, default=0, help="seed of the networks and of what they are trained on")
+    p.add_argument("--clip-steps", type=flags.positive, default=800, help="training steps of the CLIP")
+    p.add_argument("--backbone-steps", type=flags.positive, default=500, help="training steps of the trunk")
     return p.parse_args()
 
 
@@ -288,11 +288,11 @@ def main():
     if args.train > VAL_START:
         raise ValueError(f"--train {args.train}: at most {VAL_START:,}")
     weights, backbone = find_weights(args)
-    recipe = {k: v for k, v in common.plain(args).items() if k in ("seed", "train", "val", "size")}
-    recipe["weights"] = [common.fingerprint(args.weights / name) for name in ("toy_clip.pt", "toy_backbone.pt")]
+    recipe = {k: v for k, v in flags.plain(args).items() if k in ("seed", "train", "val", "size")}
+    recipe["weights"] = [files.fingerprint(args.weights / name) for name in ("toy_clip.pt", "toy_backbone.pt")]
     done = args.out / "toy.json"
     if done.exists():                                                      # its first line of defence: a folder without it is somebody's own
-        before = common.read_json(done)
+        before = files.read_json(done)
         if before.pop("finished") and before == recipe:
             print(f"{args.out} is complete")
             return
@@ -300,15 +300,15 @@ def main():
             raise ValueError(f"{args.out} holds a data set made with other arguments or weights ({done}): delete it or choose another --out")
     elif args.out.exists() and any(path for path in args.out.iterdir() if not path.name.startswith(".")):
         raise ValueError(f"{args.out} is not empty and not a toy data set: choose another --out")
-    common.claim(done)
-    common.save_json(done, {**recipe, "finished": False})
+    guard.claim(done)
+    files.save_json(done, {**recipe, "finished": False})
     write_pictures(args.out, args.seed, args.train, args.val, args.size)
     for name, content in {"clip.pt": unpack(weights), "backbone.pt": backbone}.items():
         if not (args.out / name).exists():
-            common.save(args.out / name, **content)
-    common.save_json(done, {**recipe, "finished": True})
+            checkpoints.save(args.out / name, **content)
+    files.save_json(done, {**recipe, "finished": True})
     print(f"{args.out}: {args.train} + {args.val} pictures, clip.pt, backbone.pt")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

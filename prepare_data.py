@@ -30,13 +30,12 @@ import zlib
 from collections import defaultdict
 from pathlib import Path
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 from PIL import Image
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from wsss import common, data
+from plumbing import files as plain_files, flags, folders, guard, images as image_files, masks as mask_files, samples
 
 MASKS = ("SegmentationClass", "SegmentationClassAug")
 LISTS = Path("ImageSets") / "Segmentation"
@@ -60,7 +59,7 @@ def parse():
     def command(name, function, text):
         c = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
         c.set_defaults(function=function)
-        c.add_argument("--workers", type=common.natural, default=4, help="processes; 0: none besides this one")
+        c.add_argument("--workers", type=flags.natural, default=4, help="processes; 0: none besides this one")
         return c
 
     c = command("voc", voc, "VOC 2012 and SBD -> SegmentationClassAug, train_aug.txt")
@@ -75,7 +74,7 @@ def parse():
     c.add_argument("--copy", action="store_true", help="copy the pictures instead of linking them")
     c = command("check", check, "says what is wrong with a data folder")
     c.add_argument("data", type=Path, metavar="DIR")
-    c.add_argument("--show", type=common.natural, default=20, help="lines for each kind of finding; 0: all")
+    c.add_argument("--show", type=flags.natural, default=20, help="lines for each kind of finding; 0: all")
     c = command("remap", remap, "90-id COCO masks -> 1..80")
     c.add_argument("data", type=Path, metavar="DIR")
     return p.parse_args()
@@ -85,7 +84,7 @@ def each(function, jobs, desc, workers):
     """function(job) of all jobs, in their order, in as many processes as there is work for, under a bar."""
     jobs = list(jobs)
     workers = min(workers, os.cpu_count() or 1, len(jobs) // 50)
-    results = DataLoader(jobs, batch_size=None, collate_fn=function, num_workers=workers, worker_init_fn=data.serve)
+    results = DataLoader(jobs, batch_size=None, collate_fn=function, num_workers=workers, worker_init_fn=samples.serve)
     return tqdm(results, desc=desc, total=len(jobs), dynamic_ncols=True, mininterval=0.5)
 
 
@@ -100,14 +99,14 @@ def write_new(path, text, same=None):
         if not (same(path) if same else path.read_text(encoding="utf-8") == text):
             raise ValueError(f"{path} is there with another content: move it away or give another --out")
         return
-    with data.atomic(path) as beside:
+    with plain_files.atomic(path) as beside:
         beside.write_text(text, encoding="utf-8")
 
 
 def write_list(path, ids):
     """A list of bare ids; one with the same ids in another order or notation stays."""
     def same(path):
-        return sorted(data.parse_id(line, path) for line in data.read_lines(path) if line.strip()) == sorted(ids)
+        return sorted(folders.parse_id(line, path) for line in plain_files.read_lines(path) if line.strip()) == sorted(ids)
     write_new(path, "".join(f"{id}\n" for id in ids), same)
 
 
@@ -119,7 +118,7 @@ def link(source, target, copy=False):
     if not copy:
         target.symlink_to(source.resolve())
         return
-    with data.atomic(target) as beside:
+    with plain_files.atomic(target) as beside:
         shutil.copyfile(source, beside)
 
 
@@ -162,10 +161,10 @@ def read_sbd(path):
     """SBD's .mat -> (H, W) uint8: 0 background, 1..20."""
     import scipy.io                                                         # optional; voc() has said so when it is missing
     try:
-        bounded(memoryview(data.regular(path, 1 << 22).read_bytes())[128:])
+        bounded(memoryview(plain_files.regular(path, 1 << 22).read_bytes())[128:])
         mask = np.asarray(scipy.io.loadmat(path, variable_names=["GTcls"])["GTcls"]["Segmentation"][0, 0])
     except Exception as error:                                              # scipy raises its own and whatever the bytes provoke
-        raise ValueError(f"{path} is not a class mask of SBD ({type(error).__name__}: {data.why(error)}): unpack benchmark.tgz again") from None
+        raise ValueError(f"{path} is not a class mask of SBD ({type(error).__name__}: {plain_files.why(error)}): unpack benchmark.tgz again") from None
     if mask.ndim != 2 or mask.dtype.kind not in "uif" or not np.isin(mask, range(21)).all():
         raise ValueError(f"{path} is not a class mask of SBD: (H, W) with 0..20 is expected; unpack benchmark.tgz again")
     return mask.astype(np.uint8)
@@ -173,11 +172,11 @@ def read_sbd(path):
 
 def write_voc(job):
     source, target = job
-    data.save_mask(target, read_sbd(source) if source.suffix == ".mat" else data.load_mask(source, len(data.VOC_CLASSES)))
+    mask_files.save_mask(target, read_sbd(source) if source.suffix == ".mat" else mask_files.load_mask(source, len(folders.VOC_CLASSES)))
 
 
 def voc(args):
-    folder, out = data.Folder(args.voc), args.out or args.voc
+    folder, out = folders.Folder(args.voc), args.out or args.voc
     if not (args.sbd / "dataset" / "cls").is_dir():
         raise FileNotFoundError(f"{args.sbd / 'dataset' / 'cls'} is missing: --sbd is the benchmark_RELEASE folder of SBD's benchmark.tgz")
     native, sbd, there = (named(*p) for p in ((args.voc / MASKS[0], ".png"), (args.sbd / "dataset" / "cls", ".mat"), (out / MASKS[1], ".png")))
@@ -189,7 +188,7 @@ def voc(args):
         require("scipy.io", "scipy", "SBD's .mat files")
     if there:
         print(f"{len(there):,} masks are in {out / MASKS[1]} already and stay as they are")
-    common.claim(out / MASKS[1])
+    guard.claim(out / MASKS[1])
     (out / MASKS[1]).mkdir(parents=True, exist_ok=True)
     (out / LISTS).mkdir(parents=True, exist_ok=True)
     if out.resolve() != args.voc.resolve():
@@ -217,17 +216,17 @@ def read_instances(path):
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing: --coco holds annotations/ (annotations_trainval2014.zip), train2014/ and val2014/")
     try:
-        content = json.loads(data.regular(path, 1 << 30).read_bytes())
-        names = {c["name"]: data.COCO_CLASSES[COCO_INDEX[c["id"]]] for c in content["categories"]}
+        content = json.loads(plain_files.regular(path, 1 << 30).read_bytes())
+        names = {c["name"]: folders.COCO_CLASSES[COCO_INDEX[c["id"]]] for c in content["categories"]}
         objects = defaultdict(list)
         for a in content["annotations"]:
             objects[a["image_id"]].append((COCO_INDEX[a["category_id"]], a["segmentation"], bool(a.get("iscrowd"))))
         images = [(Path(i["file_name"]).name, (i["height"], i["width"]), objects[i["id"]]) for i in content["images"] if i["id"] in objects]
         for name, (height, width), _ in images:
-            if Path(name).suffix not in data.PICTURES or type(height) is not int or type(width) is not int or min(height, width) < 1 or height * width > data.PIXELS:
+            if Path(name).suffix not in image_files.PICTURES or type(height) is not int or type(width) is not int or min(height, width) < 1 or height * width > image_files.PIXELS:
                 raise ValueError(f"{name:.60} of {width!r:.20} x {height!r:.20} pixels is no picture")
     except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is not COCO's instances file ({type(error).__name__}: {data.why(error)}): "
+        raise ValueError(f"{path} is not COCO's instances file ({type(error).__name__}: {plain_files.why(error)}): "
                          "unpack annotations_trainval2014.zip again") from None
     other = [f"{name} (here {ours})" for name, ours in names.items() if name != ours]
     if other:
@@ -263,14 +262,14 @@ def decode(segmentation, shape):
 def paint(shape, objects):
     """[(label, (H, W) bool)] -> (H, W) uint8: 255 beneath all, then large areas first, so that small ones lie on top."""
     out = np.zeros(shape, dtype=np.uint8)
-    for label, mask in sorted(objects, key=lambda o: (o[0] != data.IGNORE, -int(o[1].sum()))):
+    for label, mask in sorted(objects, key=lambda o: (o[0] != mask_files.IGNORE, -int(o[1].sum()))):
         out[mask] = label
     return out
 
 
 def crowds(objects, rule):
     """[(class index, segmentation, is crowd)] -> [(label, segmentation)] by --crowd."""
-    return [(data.IGNORE if crowd and rule == "ignore" else k + 1, s) for k, s, crowd in objects if not (crowd and rule == "skip")]
+    return [(mask_files.IGNORE if crowd and rule == "ignore" else k + 1, s) for k, s, crowd in objects if not (crowd and rule == "skip")]
 
 
 def write_coco(job):
@@ -278,9 +277,9 @@ def write_coco(job):
     try:
         found = paint(shape, [(label, decode(s, shape)) for label, s in objects])
     except Exception as error:                                              # pycocotools raises bare Exception
-        raise ValueError(f"{source.name}: its segmentation cannot be decoded ({data.why(error)}): unpack annotations_trainval2014.zip again") from None
+        raise ValueError(f"{source.name}: its segmentation cannot be decoded ({plain_files.why(error)}): unpack annotations_trainval2014.zip again") from None
     link(source, picture, copy)
-    data.save_mask(mask, found)
+    mask_files.save_mask(mask, found)
 
 
 def coco(args):
@@ -293,7 +292,7 @@ def coco(args):
     for split, whole in COCO_COUNTS.items():
         print(f"reading instances_{split}2014.json ...", flush=True)
         images, without = read_instances(args.coco / "annotations" / f"instances_{split}2014.json")
-        lists[split] = [data.check_id(Path(name).stem, "file_name") for name, _, _ in images]
+        lists[split] = [folders.check_id(Path(name).stem, "file_name") for name, _, _ in images]
         for id, (name, shape, objects) in zip(lists[split], images):
             labels[id] = sorted({k for k, _, crowd in objects if not (crowd and args.crowd == "skip")})
             jobs.append((args.coco / f"{split}2014" / name, args.out / "JPEGImages" / name, masks / f"{id}.png", shape,
@@ -307,16 +306,16 @@ def coco(args):
     if missing:
         raise FileNotFoundError(f"{missing[0]} is missing, and {len(missing) - 1:,} more pictures: "
                                 f"unpack train2014.zip and val2014.zip in {args.coco}")
-    common.claim(masks)
+    guard.claim(masks)
     for folder in (args.out / "JPEGImages", masks, args.out / LISTS):
         folder.mkdir(parents=True, exist_ok=True)
     write_new(readme, text)
-    write_new(args.out / "classes.txt", "".join(f"{name}\n" for name in data.COCO_CLASSES))
+    write_new(args.out / "classes.txt", "".join(f"{name}\n" for name in folders.COCO_CLASSES))
     if len(todo) < len(jobs):
         print(f"{len(jobs) - len(todo):,} masks are in {masks} already and stay as they are")
     for _ in each(write_coco, todo, "coco", args.workers):
         pass
-    names = [name.replace(" ", "_") for name in data.COCO_CLASSES]
+    names = [name.replace(" ", "_") for name in folders.COCO_CLASSES]
     write_new(args.out / "labels.txt", "".join(f"{' '.join([id, *(names[k] for k in present)])}\n" for id, present in labels.items()))
     for split, ids in lists.items():
         write_list(args.out / LISTS / f"{split}.txt", ids)
@@ -331,13 +330,13 @@ def read_lists(folder, found):
     for path in sorted((folder.root / LISTS).glob("*.txt")):
         ids = splits.setdefault(path.stem, {})                              # a dict keeps the order
         try:
-            lines = [line for line in data.read_lines(path) if line.strip()]
+            lines = [line for line in plain_files.read_lines(path) if line.strip()]
         except ValueError as error:
             found["bad list"].append(error)
             continue
         for line in lines:
             try:
-                id = data.parse_id(line, path)
+                id = folders.parse_id(line, path)
             except ValueError as error:
                 found["bad id"].append(error)
                 continue
@@ -355,14 +354,14 @@ def read_lists(folder, found):
 
 
 def read_labels(folder, ids, found):
-    """{id: class indices}, None where the entry is a finding. labels.txt is read line by line: data.read_label_list ends at the first error."""
+    """{id: class indices}, None where the entry is a finding. labels.txt is read line by line: folders.read_label_list ends at the first error."""
     path, table = folder.root / "labels.txt", {}
     index = {name.replace(" ", "_"): k for k, name in enumerate(folder.classes)}
     try:
         if not path.exists():
             folder.labels([])                                               # none at all, or a cls_labels.npy that is refused
             return {id: label for id in ids if (label := read_label(folder, id, found)) is not False}
-        lines = data.read_lines(path)
+        lines = plain_files.read_lines(path)
     except (ValueError, FileNotFoundError) as error:
         found["bad label"].append(error)
         return dict.fromkeys(ids)
@@ -371,7 +370,7 @@ def read_labels(folder, ids, found):
         names = [name.replace(" ", "_") for name in names if name]
         unknown = [name for name in names if name not in index and not (name.isdecimal() and len(name) < 4 and int(name) < len(index))]
         try:
-            id and data.check_id(id, f"{path}:{number}")
+            id and folders.check_id(id, f"{path}:{number}")
         except ValueError as error:
             found["bad id"].append(error)
             continue
@@ -400,12 +399,12 @@ def look(job):
     picture, masks, label, classes = job
     found, size = [], None
     try:
-        size = data.load_image(picture).size[::-1] if picture else None
+        size = image_files.load_image(picture).size[::-1] if picture else None
     except (ValueError, OSError) as error:
         found.append(("unreadable picture", str(error)))
     for path in masks:
         try:
-            mask = data.load_mask(path)
+            mask = mask_files.load_mask(path)
             with Image.open(path) as file:
                 colour = file.mode in ("RGB", "RGBA")
         except (ValueError, OSError) as error:
@@ -416,13 +415,13 @@ def look(job):
         if size and mask.shape != size:
             found.append(("size", f"{path} is {mask.shape[1]}x{mask.shape[0]}, its picture {size[1]}x{size[0]}: make the mask again"))
         values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
-        beyond = values[(values > len(classes)) & (values != data.IGNORE)]
-        if beyond.size and classes == data.COCO_CLASSES and beyond.max() <= 90:
+        beyond = values[(values > len(classes)) & (values != mask_files.IGNORE)]
+        if beyond.size and classes == folders.COCO_CLASSES and beyond.max() <= 90:
             found.append(("90-id COCO masks", str(path)))
         elif beyond.size:
             found.append(("label value", f"{path} holds {', '.join(map(str, beyond[:5]))}: masks hold 0..{len(classes)} and 255"))
         elif path == masks[0] and label is not None:
-            drawn = set((values[(values > 0) & (values != data.IGNORE)] - 1).tolist())
+            drawn = set((values[(values > 0) & (values != mask_files.IGNORE)] - 1).tolist())
             shown, said = (", ".join(classes[k] for k in sorted(s)) or "nothing" for s in (drawn, label))
             if drawn != label:
                 found.append(("warning: labels differ", f"{path} shows {shown}; its label says {said}"))
@@ -430,11 +429,11 @@ def look(job):
 
 
 def check(args):
-    folder, found = data.Folder(args.data), defaultdict(list)               # kind -> lines; a kind that starts with "warning" is a doubt
+    folder, found = folders.Folder(args.data), defaultdict(list)               # kind -> lines; a kind that starts with "warning" is a doubt
     splits = {"train": read_labels(folder, [], defaultdict(list))} if folder.unlisted() else read_lists(folder, found)
     ids = {id: split for split, members in reversed(splits.items()) for id in members}
     there = {path.name for path in (folder.root / "JPEGImages").iterdir() if path.exists()}         # a link may lead nowhere
-    pictures = {id: [folder.root / "JPEGImages" / f"{id}{s}" for s in data.PICTURES if f"{id}{s}" in there] for id in ids}
+    pictures = {id: [folder.root / "JPEGImages" / f"{id}{s}" for s in image_files.PICTURES if f"{id}{s}" in there] for id in ids}
     drawn = [named(folder.root / name, ".png") for name in MASKS]
     masks = {id: [files[id] for files in drawn if id in files] for id in ids}
     labels = read_labels(folder, ids, found)
@@ -480,29 +479,29 @@ def show(args, found, classes):
 # ---------------------------------------------------------------- remap
 
 def values_of(path):
-    return set(np.unique(data.load_mask(path)).tolist())
+    return set(np.unique(mask_files.load_mask(path)).tolist())
 
 
 def write_remapped(job):
     source, target = job
     table = np.zeros(256, dtype=np.uint8)
     table[list(COCO_INDEX)] = np.arange(1, 81)
-    table[data.IGNORE] = data.IGNORE
-    data.save_mask(target, table[data.load_mask(source)])
+    table[mask_files.IGNORE] = mask_files.IGNORE
+    mask_files.save_mask(target, table[mask_files.load_mask(source)])
 
 
 def remap(args):
-    folder = data.Folder(args.data)
-    if folder.classes != data.COCO_CLASSES:
+    folder = folders.Folder(args.data)
+    if folder.classes != folders.COCO_CLASSES:
         raise ValueError(f"{args.data / 'classes.txt'} does not list COCO's 80 classes: remap is for COCO alone")
-    common.claim(args.data / MASKS[0])
+    guard.claim(args.data / MASKS[0])
     for masks in (args.data / name for name in MASKS if (args.data / name).is_dir() or (args.data / f"{name}.90id").is_dir()):
         kept = masks.with_name(f"{masks.name}.90id")                        # once it is there the question is settled: never mapped twice
         if not kept.exists():
             values = set().union(*each(values_of, named(masks, ".png").values(), "looking", args.workers))
             if not any(80 < v <= 90 for v in values):
                 raise ValueError(f"{masks} holds no label 81..90: nothing says that these are 90-id masks, they stay as they are")
-            if odd := sorted(v for v in values if v in COCO_GAPS or 90 < v < data.IGNORE):
+            if odd := sorted(v for v in values if v in COCO_GAPS or 90 < v < mask_files.IGNORE):
                 raise ValueError(f"{masks} holds label {odd[0]}, which is no category id of COCO: not 90-id masks, they stay as they are")
             os.rename(masks, kept)
         masks.mkdir(exist_ok=True)
@@ -519,4 +518,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

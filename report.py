@@ -19,26 +19,26 @@ import json
 import shlex
 from pathlib import Path
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from wsss import clip_model, common, data, gradcam, losses, segmenter
+from plumbing import checkpoints, files, flags as flag_types, folders, guard, images as image_files, log as logs, maps as map_files, masks as mask_files, processes, samples
+from wsss import clip_model, gradcam, losses, segmenter, texts as names
 
 SIDE = 240                                                                  # longer side of an embedded picture: twice what is shown, for fine screens
 REGIONS = 200                                                               # pictures whose regions are in the scatter
 SOURCES = {"cls": "image labels alone", "match": "+ L_match", "refine": "+ L_prompt, L_refine", "text": "CLIP, texts", "vision": "CLIP, prototypes W"}
 WHAT = {"cam": "maps", "pseudo": "pseudo masks", "masks": "masks", "seg": "network"}
-TRAINED = {Path(name).stem: script for name, script in common.MADE_BY.items()}
+TRAINED = {Path(name).stem: script for name, script in files.MADE_BY.items()}
 
 
 def parse():
-    p = common.parser(__doc__, split="train", batch_size=8)
+    p = flag_types.parser(__doc__, split="train", batch_size=8)
     p.add_argument("--vpl", type=Path, help="second output folder, shown beside --out (default: <out>/vpl if it is there)")
     p.add_argument("--without-rsc", type=Path, help="third, with a clip_decoder trained with --lambda-rsc 0: its regions beside the other's")
-    p.add_argument("--pictures", type=common.positive, default=8, help="pictures of --split, and of each split with predictions; classes take turns")
+    p.add_argument("--pictures", type=flag_types.positive, default=8, help="pictures of --split, and of each split with predictions; classes take turns")
     p.add_argument("--ids", nargs="+", help="these pictures instead")
     p.add_argument("--clip", help="CLIP of prompts and decoders, if it is not where it was in training")
     p.add_argument("--features", choices=["patch", "value"], default="value", help="what prompts are compared with: a patch's output, or its value in the last block")
@@ -66,21 +66,21 @@ def fit(image, how=Image.BICUBIC):
 def heat(image, cam):
     """A map (h, w) from its smallest to its largest value, in colour over the picture."""
     cam = np.float32(cam)
-    return data.heat(image, (cam - cam.min()) / max(cam.max() - cam.min(), 1e-8))
+    return map_files.heat(image, (cam - cam.min()) / max(cam.max() - cam.min(), 1e-8))
 
 
 def painted(image, mask):
     """A label map in VOC's colours over the picture, which is grey and light where the mask is background; 255 is dotted."""
     mask = np.asarray(Image.fromarray(mask).resize(image.size, Image.NEAREST))
     grey = np.asarray(image.convert("L"))[..., None]
-    shown = np.where(mask[..., None] == 0, 175 + 0.3 * grey, 0.15 * grey + 0.85 * data.palette()[mask])
+    shown = np.where(mask[..., None] == 0, 175 + 0.3 * grey, 0.15 * grey + 0.85 * mask_files.palette()[mask])
     y, x = np.indices(mask.shape)
-    shown[mask == data.IGNORE] = np.where(((y // 3 + x // 3) % 2)[..., None], 255, 90)[mask == data.IGNORE]
+    shown[mask == mask_files.IGNORE] = np.where(((y // 3 + x // 3) % 2)[..., None], 255, 90)[mask == mask_files.IGNORE]
     return Image.fromarray(np.uint8(shown.clip(0, 255)))
 
 
 def chip(name, k):
-    return f'<span class="chip"><i style="background:rgb{tuple(data.palette()[k + 1].tolist())}"></i>{esc(name)}</span>'
+    return f'<span class="chip"><i style="background:rgb{tuple(mask_files.palette()[k + 1].tolist())}"></i>{esc(name)}</span>'
 
 
 def command(args, script, *flags, out=None):
@@ -106,7 +106,7 @@ class Run:
         for note in sorted(out.glob("*/recipe.json")):
             theirs, made = read_note(note, classes)
             if theirs != classes:
-                raise ValueError(f"{note.parent} was made for other classes ({common.describe(theirs)}) than --data has ({common.describe(classes)}): give its own --data")
+                raise ValueError(f"{note.parent} was made for other classes ({checkpoints.describe(theirs)}) than --data has ({checkpoints.describe(classes)}): give its own --data")
             self.recipes[note.parent.name] = made
         of = {folder: made["source"] for folder, made in self.recipes.items() if made.get("source") in SOURCES}
         self.maps = {folder: of[folder] for folder in sorted(of, key=lambda folder: (list(SOURCES).index(of[folder]), folder))}
@@ -125,7 +125,7 @@ class Run:
 
 def read_note(path, classes):
     """recipe.json: the classes and arguments a folder was made with, of the types that a stage writes."""
-    note = common.read_json(path)
+    note = files.read_json(path)
     theirs, made = note.get("classes", classes), note.get("args", {})
     if not (isinstance(theirs, list) and all(isinstance(name, str) and name.isprintable() for name in theirs)) or not all(isinstance(made.get(name), (str, type(None))) for name in ("source", "clip")):
         raise ValueError(f"{path} is no recipe of ours, its classes or arguments are of other types: remove it and run its stage again")
@@ -134,7 +134,7 @@ def read_note(path, classes):
 
 def read_score(path):
     """eval_*.json as eval.py writes it; None if it has no protocol, and is somebody else's."""
-    score = common.read_json(path)
+    score = files.read_json(path)
     if "protocol" not in score:
         return None
     try:
@@ -160,13 +160,13 @@ class Log:
     """<stage>.jsonl: arguments and versions, then rows; the torn last line of a killed run is left out."""
 
     def __init__(self, path, stage):
-        lines = common.log_lines(path)
+        lines = logs.log_lines(path)
         try:
             head = json.loads(lines[0])
             self.args, self.versions = dict(head["args"]), dict(head["versions"])
         except (ValueError, IndexError, KeyError, TypeError, RecursionError):
             raise ValueError(f"{path} does not begin with a line of arguments: remove it and run {TRAINED[stage]} again") from None
-        self.stage, self.rows = stage, [json.loads(line) for line in lines[1:] if common.whole(line)]
+        self.stage, self.rows = stage, [json.loads(line) for line in lines[1:] if logs.whole(line)]
 
     def curves(self):
         """{name: [(step, value)]}, the loss first."""
@@ -190,7 +190,7 @@ def pick(args, folder, runs):
     """{title: ids}: of --split those with maps or masks, and of each split with predictions."""
     if args.ids:
         for id in args.ids:
-            folder.picture(data.check_id(id, "--ids"))
+            folder.picture(folders.check_id(id, "--ids"))
         return {"chosen": args.ids}
     made = [run.out / name / "{}.npy" for run in runs for name in run.maps] + [run.out / name / "{}.png" for run in runs for name in run.masks]
     any_of = lambda paths: lambda id: not paths or any(Path(str(path).replace("{}", id)).exists() for path in paths)
@@ -206,7 +206,7 @@ def pick(args, folder, runs):
 def card(folder, runs, id):
     """One picture and all that was made of it, a row for each present class."""
     label = folder.labels([id])[0]
-    image = fit(data.load_image(folder.picture(id)))
+    image = fit(image_files.load_image(folder.picture(id)))
     tiles, column = [picture(image, "picture", "grid-area:1/1", "first")], 1
     for run in runs:
         for name, of in run.maps.items():
@@ -214,15 +214,15 @@ def card(folder, runs, id):
             if path.exists():
                 column += 1
                 tiles += [picture(heat(image, cam), ", ".join([folder.classes[k]] * (label.sum() > 1) + [f"{run.label(name)}: {SOURCES[of]}"]), f"grid-area:{row}/{column}")
-                          for row, (k, cam) in enumerate(zip(*data.load_cam(path, label)), 1)]
+                          for row, (k, cam) in enumerate(zip(*map_files.load_cam(path, label)), 1)]
     masks = [(f"{run.label(name)}: mask", run.out / name / f"{id}.png") for run in runs for name in run.masks]
     masks += [(f"{run.label('seg')}: prediction", path / f"{id}.png") for run in runs for path in run.predictions]
     masks += [("truth", folder.mask_path(id))] if folder.has_mask(id) else []
     for caption, path in masks:
         if path.exists():
             column += 1
-            tiles.append(picture(painted(image, data.load_mask(path, len(folder.classes))), caption, f"grid-area:1/{column}"))
-    chips = "".join(chip(folder.classes[k], k) for k in data.present(label)) or '<span class="chip">no class</span>'
+            tiles.append(picture(painted(image, mask_files.load_mask(path, len(folder.classes))), caption, f"grid-area:1/{column}"))
+    chips = "".join(chip(folder.classes[k], k) for k in map_files.present(label)) or '<span class="chip">no class</span>'
     return f'<article style="--columns:{column}"><h3>{esc(id)} {chips}</h3><div class="row">{"".join(tiles)}</div></article>'
 
 
@@ -233,7 +233,7 @@ def pictures(args, folder, runs, chosen):
     for path in [path for run in runs for path in run.photos]:
         shown = sorted(path.glob("*.jpg"))[:args.pictures]                              # overlays
         if shown:
-            tiles = "".join(picture(fit(data.load_image(jpg)), jpg.stem) for jpg in shown)
+            tiles = "".join(picture(fit(image_files.load_image(jpg)), jpg.stem) for jpg in shown)
             parts.append(f'<h3 class="list">{esc(path.name)}</h3><div class="row flow">{tiles}</div>')
     shared = ("--split", args.split)
     parts += [missing(f"maps of {of} ({SOURCES[of]})", command(args, "make_cam.py", *shared, "--source", of, "--cam", f"cam_{of}", *clip, out=run.out))
@@ -268,9 +268,9 @@ def find_clip(args, content, env):
     """The CLIP a checkpoint was trained with: from where it was then, else --clip; None if that is not it, or not given."""
     known = (content["args"].get("inputs") or {}).get("clip")                           # of a file; a name to download has none
     for name in dict.fromkeys(filter(None, [content["args"]["clip"], args.clip])):
-        if known and Path(name).is_file() and common.fingerprint(name) != known:
+        if known and Path(name).is_file() and files.fingerprint(name) != known:
             continue
-        common.inputs(clip=name)                                                        # must be sound
+        checkpoints.inputs(clip=name)                                                        # must be sound
         try:
             clip = clip_model.load_clip(name, env.device)
         except FileNotFoundError:
@@ -298,21 +298,21 @@ def prompts(args, folder, runs, chosen, env):
     path = next((run.out / "prompts.pt" for run in runs if (run.out / "prompts.pt").exists()), None)
     if path is None:
         return section(*head, missing("prompts", command(args, "train_prompt.py", "--split", args.split)))
-    content = common.load(path, "prompts", folder.classes)
+    content = checkpoints.load(path, "prompts", folder.classes)
     clip = find_clip(args, content, env)
     if clip is None or not hasattr(clip.model.visual, "transformer"):
         return section(*head, missing(f"vision transformer {content['args']['clip']}, with which {path} was trained,", command(args, "report.py", "--clip", "FILE")))
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), content["model"]["vectors"].shape[1])
-    common.load_weights(model, content["model"], path)
+    checkpoints.load_weights(model, content["model"], path)
     u_b, template = model(), content["args"]["template"]
-    texts = clip.encode_text(data.class_texts(folder.classes + folder.backgrounds, template))
+    texts = clip.encode_text(names.class_texts(folder.classes + folder.backgrounds, template))
     manual = texts[len(folder.classes):]
     near = (u_b @ manual.T).topk(min(3, len(manual)))                                   # values and backgrounds (C, 3)
     every = F.normalize(manual.mean(0, keepdim=True), dim=1)
     cards = []
     for id in next(iter(chosen.values()), []):
-        image = fit(data.load_image(folder.picture(id)))
-        for k in data.present(folder.labels([id])[0]):
+        image = fit(image_files.load_image(folder.picture(id)))
+        for k in map_files.present(folder.labels([id])[0]):
             best = near.indices[k, 0].item()
             maps = look(clip, folder, id, torch.stack([u_b[k], manual[best], every[0], texts[k]]), args.features, env)
             captions = ["learned prompt", f"“{folder.backgrounds[best]}”: closest manual text", "all manual texts", f"“{folder.classes[k]}”: the class"]
@@ -332,7 +332,7 @@ def region_features(content, path, folder, ids, clip, args, env):
     """VPL Eq. 12 of every (picture, present class) -> unit vectors (P, D), their classes (P,), prototypes W (C, D)"""
     model = segmenter.load_segmenter(path, lambda images: gradcam.block_outputs(clip, images)).to(env.device).train()        # in training it also gives V
     labels, rows, owners = folder.labels(ids), [], []
-    for numbers, images in data.by_size(folder, ids, args.batch_size, env, args.workers):
+    for numbers, images in samples.by_size(folder, ids, args.batch_size, env, args.workers):
         _, coarse, v = model(images.to(env.device))
         b, k = labels[numbers].nonzero(as_tuple=True)
         rows.append(F.normalize(losses.region_embeddings(v, coarse.softmax(1)[:, 1:]).cpu()[b, k], dim=-1))
@@ -359,7 +359,7 @@ def scatter(points, owners, prototypes, folder):
     low, high = everything.amin(0), everything.amax(0)
     scale = (torch.tensor([310.0, 225.0]) / (high - low).clamp(min=1e-8)).min()        # the same on both axes
     place = lambda xy: ((xy - (low + high) / 2) * scale * torch.tensor([1.0, -1.0]) + torch.tensor([180.0, 132.0])).tolist()
-    colour = lambda k: f"rgb{tuple(data.palette()[k + 1].tolist())}"
+    colour = lambda k: f"rgb{tuple(mask_files.palette()[k + 1].tolist())}"
     dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour(k)}" fill-opacity=".6"><title>{esc(folder.classes[k])}</title></circle>'
                    for (x, y), k in zip(place(points), owners.tolist()))
     names = ""                                                              # on top of all points
@@ -376,13 +376,13 @@ def regions(args, folder, runs, env):
     parts, panels, kinds = [], [], set()
     for run in runs:
         if (run.out / "prototypes.pt").exists():
-            gap = common.load(run.out / "prototypes.pt", "prototypes", folder.classes)["gap"]
+            gap = checkpoints.load(run.out / "prototypes.pt", "prototypes", folder.classes)["gap"]
             parts.append(f"<p>{esc(run.out)}: the mean of the pixels' features is {gap['before']:.3f} from the mean of the texts Z, {gap['after']:.3f} from that of the vision prototypes W.</p>")
     ids = folder.ids(args.split, args.limit)
     ids = [id for id, label in zip(ids, folder.labels(ids)) if label.any()][:REGIONS]
     for out in dict.fromkeys([run.out for run in runs] + ([args.without_rsc] if args.without_rsc else [])):
         if out == args.without_rsc or (out / "seg.pt").exists():
-            content = common.load(out / "seg.pt", "seg", folder.classes)
+            content = checkpoints.load(out / "seg.pt", "seg", folder.classes)
             if content["args"]["model"] != "clip_decoder":
                 continue
             clip = find_clip(args, content, env)
@@ -478,7 +478,7 @@ def arguments(runs):
     box = lambda title, *tables: f'<details><summary>{esc(title)}</summary><div class="scroll">{"".join(f"<table>{rows(t)}</table>" for t in tables)}</div></details>'
     parts = [box(run.label(f"{TRAINED[log.stage]} → {log.stage}.jsonl"), log.args, log.versions) for run in runs for log in run.logs]
     parts += [box(run.label(f"{name}/"), recipe) for run in runs for name, recipe in run.recipes.items()]
-    return section("arguments", "Arguments and versions", "As each stage wrote them down.", *parts, box("this page", common.versions()))
+    return section("arguments", "Arguments and versions", "As each stage wrote them down.", *parts, box("this page", logs.versions()))
 
 
 # ---------------------------------------------------------------- the page
@@ -528,24 +528,24 @@ def page(args, folder, ids, sections):
 
 def main():
     args = parse()
-    folder = data.Folder(args.data)
+    folder = folders.Folder(args.data)
     for out in filter(None, [args.out, args.vpl, args.without_rsc]):
         if not out.is_dir():
             raise FileNotFoundError(f"{out} is missing: a report is of a folder that stages have written to")
-    env = common.Env(args)
+    env = processes.Env(args)
     if not env.main:                                                           # a page is one process's work
         return env.close()
     path = args.out / "report.html"
-    common.claim(path)
+    guard.claim(path)
     second = args.vpl or args.out / "vpl"
     runs = [Run("", args.out, folder)] + ([Run(second.name, second, folder)] if second.is_dir() else [])
     chosen = pick(args, folder, runs)
     sections = [scores(args, folder, runs), pictures(args, folder, runs, chosen), prompts(args, folder, runs, chosen, env), regions(args, folder, runs, env),
                 curves(args, runs), arguments(runs)]
-    with common.atomic(path) as beside:
+    with files.atomic(path) as beside:
         beside.write_text(page(args, folder, folder.ids(args.split, args.limit), sections), encoding="utf-8", errors="xmlcharrefreplace")      # JSON may hold half a character
     env.close(f"{path}: {path.stat().st_size / 2**20:.1f} MB, open it in a browser")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

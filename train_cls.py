@@ -15,25 +15,25 @@ coarse maps and of its fine maps. All of the backbone trains here; the later sta
 """
 import argparse
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 
-from wsss import common, data, generator, losses
+from plumbing import checkpoints, flags, folders, guard, log as logs, processes, samples as sampling
+from wsss import generator, losses
 
 
 def parse():
-    p = common.parser(__doc__, batch_size=64)
+    p = flags.parser(__doc__, batch_size=64)
     p.add_argument("--generator", choices=list(generator.NAMES), default="deit_small", help="architecture of S")
     p.add_argument("--backbone", default="imagenet", help="weights the backbone starts from: imagenet (downloaded once), none, or a file")
     p.add_argument("--pool", choices=["max", "avg"], help="pooling of attention fusion; left out: what the file of --init says, else max (max: VOC, avg: COCO)")
-    p.add_argument("--reduction", type=common.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
+    p.add_argument("--reduction", type=flags.positive, default=8, help="squeeze of attention fusion (8: VOC, 4: COCO)")
     p.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True, help="train all of S; --no-train-backbone: its last layers")
     p.add_argument("--init", help="published generator (WeakTr, SemPLeS, CLIMS, IRN) to take as cls.pt instead of training one")
-    g = common.optimizing(common.training(p, epochs=60, lr=7.5e-5))
-    g.add_argument("--drop-path", type=common.share, default=0.1, help="stochastic depth of a DeiT while it trains")
-    g.add_argument("--warmup", type=common.number, default=5, help="epochs of linear warm-up from --warmup-lr (AdamW)")
-    g.add_argument("--warmup-lr", type=common.number, default=1e-6)
-    g.add_argument("--min-lr", type=common.number, default=1e-5, help="rate the cosine ends at (AdamW)")
+    g = flags.optimizing(flags.training(p, epochs=60, lr=7.5e-5))
+    g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth of a DeiT while it trains")
+    g.add_argument("--warmup", type=flags.number, default=5, help="epochs of linear warm-up from --warmup-lr (AdamW)")
+    g.add_argument("--warmup-lr", type=flags.number, default=1e-6)
+    g.add_argument("--min-lr", type=flags.number, default=1e-5, help="rate the cosine ends at (AdamW)")
     return p.parse_args()
 
 
@@ -54,30 +54,30 @@ def warmup_cosine(optimizer, args, steps):
 
 def main():
     args = parse()
-    env = common.Env(args)
+    env = processes.Env(args)
     out, last = args.out / "cls.pt", args.out / "cls.last.pt"
-    args.inputs = common.inputs(start=args.init or args.backbone)
-    if common.finished(out, args):
+    args.inputs = checkpoints.inputs(start=args.init or args.backbone)
+    if checkpoints.finished(out, args):
         return env.close(f"{out} is finished")
-    common.claim(out)
-    folder = data.Folder(args.data)
+    guard.claim(out)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
     model = env.in_turn(lambda: build(args, folder.classes)).to(env.device)
     args.pool = model.pool
-    finish = dict(stage="cls", classes=folder.classes, args=common.plain(args))
+    finish = dict(stage="cls", classes=folder.classes, args=flags.plain(args))
     if args.init:
         if env.main:
-            common.save(out, model=model.state_dict(), **finish)
+            checkpoints.save(out, model=model.state_dict(), **finish)
         return env.close(f"{out}: {args.init} as it is")
-    optimizer = common.optimizer(generator.parameter_groups(model, args.train_backbone, args.lr, args.head_rate), args)
-    samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
-    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
-    schedule = warmup_cosine(optimizer, args, len(batches)) if args.optimizer == "adamw" else common.schedule(optimizer, args, args.epochs * len(batches))
+    optimizer = processes.optimizer(generator.parameter_groups(model, args.train_backbone, args.lr, args.head_rate), args)
+    samples = sampling.Samples(folder, ids, sampling.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
+    loader, batches = sampling.loader(samples, args.batch_size, env, args.workers)
+    schedule = warmup_cosine(optimizer, args, len(batches)) if args.optimizer == "adamw" else processes.schedule(optimizer, args, args.epochs * len(batches))
     scaler = env.scaler()
-    begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
+    begin, skip = checkpoints.load_state(last, model, optimizer, schedule, scaler, args)
     S = env.parallel(model.train())
-    log, meter = common.Log(args.out / "cls.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
+    log, meter = logs.Log(args.out / "cls.jsonl", args, env, begin * len(batches) + skip), logs.Meter(env)
 
     for epoch in range(begin, args.epochs):
         batches.start(epoch, skip)
@@ -85,26 +85,26 @@ def main():
             images, labels = images.to(env.device, non_blocking=True), labels.to(env.device, non_blocking=True)
             with env.autocast():
                 _, logits = S(images)                                           # a tuple of (B, C)
-            parts = [common.mean(losses.cls_loss(z, labels)) for z in logits]
+            parts = [processes.mean(losses.cls_loss(z, labels)) for z in logits]
             loss = sum(parts)
             lr = optimizer.param_groups[0]["lr"]
             scaler.scale(loss).backward()
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
             meter.add(numbers, loss=loss, **{f"loss_{i}": part for i, part in enumerate(parts)},
-                      accuracy=common.mean(((logits[0] > 0) == (labels > 0)).float().flatten()))
+                      accuracy=processes.mean(((logits[0] > 0) == (labels > 0)).float().flatten()))
             done = epoch * len(batches) + step
             save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:
-                common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
+                checkpoints.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0
 
     if env.main:
-        common.save(out, model=model.state_dict(), **finish)
+        checkpoints.save(out, model=model.state_dict(), **finish)
     env.close(f"{out} is finished")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

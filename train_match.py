@@ -18,60 +18,60 @@ by hand, out of the foreground, REG keeps the masks small. Its 10 OTM + 24 BTM +
         --epochs 15 --optimizer sgd --lr 2.5e-4 --head-rate 10 --momentum 1e-4 --weight-decay 1e-4 --crop 512 --min-scale 0.5 \\
         --no-randaugment --erase 0                                                                                    # CLIMS
 """
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 
-from wsss import clip_model, common, data, generator, losses
+from plumbing import checkpoints, flags, folders, guard, log as logs, processes, samples as sampling
+from wsss import clip_model, generator, losses, texts
 
 
 def parse():
-    p = common.parser(__doc__, batch_size=64)
-    p.add_argument("--lambda-b", type=common.number, default=2.4, help="weight of the background term; raise it if the masks miss parts of the object")
+    p = flags.parser(__doc__, batch_size=64)
+    p.add_argument("--lambda-b", type=flags.number, default=2.4, help="weight of the background term; raise it if the masks miss parts of the object")
     p.add_argument("--init", help="generator to start from instead of <out>/cls.pt: a published checkpoint or one of ours")
     p.add_argument("--train-backbone", action="store_true", help="train all of S, as CLIMS does, and as SemPLeS's text may be read")
     # Neither paper has this: VPL's answer to the modality gap put into SemPLeS's question.
     p.add_argument("--targets", choices=["text", "vision"], default="text",
                    help="what CLIP compares regions with: texts, or the vision prototypes in <out>/prototypes.pt (vpl.py with the same --clip)")
-    common.matching(p)
-    common.clims(p)
-    g = common.optimizing(common.training(p, epochs=60, lr=6.4e-5))
+    flags.matching(p)
+    flags.clims(p)
+    g = flags.optimizing(flags.training(p, epochs=60, lr=6.4e-5))
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
-    g.add_argument("--drop-path", type=common.share, default=0.1, help="stochastic depth of a DeiT while S trains")
+    g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth of a DeiT while S trains")
     return p.parse_args()
 
 
 def main():
     args = parse()
-    env = common.Env(args)
+    env = processes.Env(args)
     out, last = args.out / "match.pt", args.out / "match.last.pt"
     start = args.init or args.out / "cls.pt"
     vision = {"prototypes": args.out / "prototypes.pt"} if args.targets == "vision" else {}
-    args.inputs = common.inputs(start=start, clip=args.clip, backgrounds=args.background_texts, **vision)
-    if common.finished(out, args):
+    args.inputs = checkpoints.inputs(start=start, clip=args.clip, backgrounds=args.background_texts, **vision)
+    if checkpoints.finished(out, args):
         return env.close(f"{out} is finished")
-    common.claim(out)
-    folder = data.Folder(args.data)
+    guard.claim(out)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
     if vision:
-        class_text = common.load_prototypes(args, folder, clip)["model"]["prototypes"][:len(folder.classes)].to(env.device)
+        class_text = checkpoints.load_prototypes(args, folder, clip)["model"]["prototypes"][:len(folder.classes)].to(env.device)
     else:
-        class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
-    manual_text = clip.encode_text(data.manual_texts(args.background_texts, args.template))     # (T, D), for CBS
+        class_text = clip.encode_text(texts.class_texts(folder.classes, args.template))  # u_f (C, D), once
+    manual_text = clip.encode_text(texts.manual_texts(args.background_texts, args.template))     # (T, D), for CBS
     if not args.init:
-        common.load(start, "cls", folder.classes)
+        checkpoints.load(start, "cls", folder.classes)
     model = generator.load_generator(start, args.pool, folder.classes, args.drop_path).to(env.device)
     args.pool = model.pool
 
-    optimizer = common.optimizer(generator.parameter_groups(model, args.train_backbone, args.lr, args.head_rate), args)
-    samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
-    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
-    schedule, scaler = common.schedule(optimizer, args, args.epochs * len(batches)), env.scaler()
-    begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
+    optimizer = processes.optimizer(generator.parameter_groups(model, args.train_backbone, args.lr, args.head_rate), args)
+    samples = sampling.Samples(folder, ids, sampling.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
+    loader, batches = sampling.loader(samples, args.batch_size, env, args.workers)
+    schedule, scaler = processes.schedule(optimizer, args, args.epochs * len(batches)), env.scaler()
+    begin, skip = checkpoints.load_state(last, model, optimizer, schedule, scaler, args)
     S = env.parallel(model.train())
-    log, meter = common.Log(args.out / "match.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
+    log, meter = logs.Log(args.out / "match.jsonl", args, env, begin * len(batches) + skip), logs.Meter(env)
 
     for epoch in range(begin, args.epochs):
         batches.start(epoch, skip)
@@ -84,8 +84,8 @@ def main():
                 masks = maps if model.maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
                 regions = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
                 v_f, v_b = clip.encode_normalized(torch.cat(regions), args.micro_batch, args.mask_fill).chunk(2)     # (P, D) each
-            match = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1
-            cbs, reg = common.total(losses.suppression_loss(v_f, manual_text, args.tau_cbs)), common.mean(losses.area_loss(every))
+            match = processes.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1
+            cbs, reg = processes.total(losses.suppression_loss(v_f, manual_text, args.tau_cbs)), processes.mean(losses.area_loss(every))
             loss = args.lambda_match * match + args.lambda_cbs * cbs + args.lambda_reg * reg
             lr = optimizer.param_groups[0]["lr"]
             scaler.scale(loss).backward()
@@ -93,20 +93,20 @@ def main():
 
             with torch.no_grad():
                 sim_f, sim_b = losses.similarity(v_f, class_text[k]), losses.similarity(v_b, class_text[k])
-                meter.add(numbers, loss=loss, foreground=common.mean(-sim_f.log()), background=common.mean(-(1 - sim_b).log()), cbs=cbs, reg=reg,
-                          mask=common.mean(masks.mean((1, 2))), sim_f=common.mean(sim_f), sim_b=common.mean(sim_b))
+                meter.add(numbers, loss=loss, foreground=processes.mean(-sim_f.log()), background=processes.mean(-(1 - sim_b).log()), cbs=cbs, reg=reg,
+                          mask=processes.mean(masks.mean((1, 2))), sim_f=processes.mean(sim_f), sim_b=processes.mean(sim_b))
             done = epoch * len(batches) + step
             save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:
-                common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
+                checkpoints.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0
 
     if env.main:
-        common.save(out, stage="match", model=model.state_dict(), classes=folder.classes, args=common.plain(args))
+        checkpoints.save(out, stage="match", model=model.state_dict(), classes=folder.classes, args=flags.plain(args))
     env.close(f"{out} is finished")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

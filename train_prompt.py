@@ -14,24 +14,24 @@ the paper does; --views EPOCHS gives the same numbers as that.
     python train_prompt.py --data /data/VOC2012 --out runs/voc --views 8
     python train_prompt.py --data /data/COCO --out runs/coco --split train --lr 2.5e-3 --lambda-t 0.01 --pool avg
 """
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 
-from wsss import clip_model, common, data, generator, losses
+from plumbing import checkpoints, flags, folders, guard, log as logs, processes, samples as sampling
+from wsss import clip_model, generator, losses, texts
 
 
 def parse():
-    p = common.parser(__doc__, batch_size=128)
-    p.add_argument("--lambda-t", type=common.number, default=0.02, help="weight of the term that keeps a prompt away from its class text")
-    p.add_argument("--lambda-i", type=common.number, default=1.0, help="weight of the image term; 0: the ablation with the text term alone (Table 5)")
+    p = flags.parser(__doc__, batch_size=128)
+    p.add_argument("--lambda-t", type=flags.number, default=0.02, help="weight of the term that keeps a prompt away from its class text")
+    p.add_argument("--lambda-i", type=flags.number, default=1.0, help="weight of the image term; 0: the ablation with the text term alone (Table 5)")
     p.add_argument("--repel", choices=["one_minus", "log"], default="one_minus", help="text term: -log(1 - sim) (WACV), or +log sim (arXiv v2)")
-    p.add_argument("--prompt-length", type=common.positive, default=30, help="learned vectors a class")
+    p.add_argument("--prompt-length", type=flags.positive, default=30, help="learned vectors a class")
     p.add_argument("--prompt-init", choices=["uniform", "normal"], default="uniform", help="[0, 1) as in the authors' code, or CLIP's own scale, std 0.02")
-    p.add_argument("--views", type=common.natural, default=0, help="crops of each picture to encode once and train on; 0: fresh crops every epoch")
+    p.add_argument("--views", type=flags.natural, default=0, help="crops of each picture to encode once and train on; 0: fresh crops every epoch")
     p.add_argument("--init", help="generator to take instead of <out>/match.pt: a published checkpoint or one of ours")
-    common.matching(p, mask_eps=1e-4)
-    common.training(p, epochs=60, lr=0.025, randaugment=False, erase=0.0)
+    flags.matching(p, mask_eps=1e-4)
+    flags.training(p, epochs=60, lr=0.025, randaugment=False, erase=0.0)
     return p.parse_args()
 
 
@@ -63,8 +63,8 @@ class Stored:
         keys = [(view, i) for view in range(views) for i in env.shard(range(len(samples)))]
         size = max(1, args.batch_size // env.world)
         chunks = [keys[n:n + size] for n in range(0, len(keys), size)]
-        loader = torch.utils.data.DataLoader(samples, batch_sampler=chunks, num_workers=args.workers, collate_fn=samples.collate, worker_init_fn=data.serve,
-                                             generator=torch.Generator(), pin_memory=env.device.type == "cuda")        # as data.loader's
+        loader = torch.utils.data.DataLoader(samples, batch_sampler=chunks, num_workers=args.workers, collate_fn=samples.collate, worker_init_fn=sampling.serve,
+                                             generator=torch.Generator(), pin_memory=env.device.type == "cuda")        # as sampling.loader's
         for chunk, (images, labels, _) in zip(chunks, env.progress(loader, f"prompts: {views} views", len(chunks))):
             b, k = labels.nonzero(as_tuple=True)
             with env.autocast():
@@ -88,33 +88,33 @@ class Stored:
 
 def main():
     args = parse()
-    env = common.Env(args)
+    env = processes.Env(args)
     out, last = args.out / "prompts.pt", args.out / "prompts.last.pt"
     start = args.init or args.out / "match.pt"
-    args.inputs = common.inputs(start=start, clip=args.clip)
-    if common.finished(out, args):
+    args.inputs = checkpoints.inputs(start=start, clip=args.clip)
+    if checkpoints.finished(out, args):
         return env.close(f"{out} is finished")
-    common.claim(out)
-    folder = data.Folder(args.data)
+    guard.claim(out)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
-    class_text = clip.encode_text(data.class_texts(folder.classes, args.template))      # u_f (C, D), once
+    class_text = clip.encode_text(texts.class_texts(folder.classes, args.template))      # u_f (C, D), once
     if not args.init:
-        common.load(start, "match", folder.classes)
+        checkpoints.load(start, "match", folder.classes)
     S = generator.load_generator(start, args.pool, folder.classes).to(env.device).eval().requires_grad_(False)
     args.pool = S.pool
-    common.seed_all(args.seed)                                                          # the same prompts on every process
+    processes.seed_all(args.seed)                                                          # the same prompts on every process
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
-    optimizer = common.adamw([{"params": model.parameters()}], args)
-    samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
-    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
+    optimizer = processes.adamw([{"params": model.parameters()}], args)
+    samples = sampling.Samples(folder, ids, sampling.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
+    loader, batches = sampling.loader(samples, args.batch_size, env, args.workers)
     schedule, scaler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(batches)), env.scaler()
-    begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
+    begin, skip = checkpoints.load_state(last, model, optimizer, schedule, scaler, args)
     stored = Stored(samples, clip, S, args, env) if args.views else None
     prompts = env.parallel(model)
-    log, meter = common.Log(args.out / "prompts.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
+    log, meter = logs.Log(args.out / "prompts.jsonl", args, env, begin * len(batches) + skip), logs.Meter(env)
 
     for epoch in range(begin, args.epochs):
         batches.start(epoch, skip)
@@ -124,27 +124,27 @@ def main():
             k, present, at = (x.to(env.device, non_blocking=True) for x in (k, present, at))
             with env.autocast():
                 u_b = prompts(present)[at]                                              # (P, D), each of the batch's classes encoded once
-            loss = common.mean(losses.prompt_loss(u_b, v_b, class_text[k], args.lambda_t, args.repel, args.lambda_i))    # Eq. 2
+            loss = processes.mean(losses.prompt_loss(u_b, v_b, class_text[k], args.lambda_t, args.repel, args.lambda_i))    # Eq. 2
             lr = optimizer.param_groups[0]["lr"]
             scaler.scale(loss).backward()
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
             with torch.no_grad():
                 sim_image, sim_text = losses.similarity(u_b, v_b), losses.similarity(u_b, class_text[k])
-                meter.add(numbers, loss=loss, image=common.mean(-sim_image.log()), text=common.mean(-(1 - sim_text).log()),
-                          mask=common.mean(area), sim_image=common.mean(sim_image), sim_text=common.mean(sim_text))
+                meter.add(numbers, loss=loss, image=processes.mean(-sim_image.log()), text=processes.mean(-(1 - sim_text).log()),
+                          mask=processes.mean(area), sim_image=processes.mean(sim_image), sim_text=processes.mean(sim_text))
             done = epoch * len(batches) + step
             save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, lr=lr, **meter.read(ids))
             if save:
-                common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
+                checkpoints.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0
 
     if env.main:
-        common.save(out, stage="prompts", model=model.state_dict(), classes=folder.classes, args=common.plain(args))
+        checkpoints.save(out, stage="prompts", model=model.state_dict(), classes=folder.classes, args=flags.plain(args))
     env.close(f"{out} is finished")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

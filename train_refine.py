@@ -19,17 +19,17 @@ background's that the pair's background region is nearest to. It needs no train_
     python train_refine.py --data /data/COCO --out runs/coco --split train --batch-size 24 --lr 2.4e-7 --lambda-b 0.75 \\
         --lambda-refine 0.2 --pool avg
 """
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 
-from wsss import clip_model, common, data, generator, losses
+from plumbing import checkpoints, flags, folders, guard, log as logs, processes, samples as sampling
+from wsss import clip_model, generator, losses, texts
 
 
 def parse():
-    p = common.parser(__doc__, batch_size=64)
-    p.add_argument("--lambda-b", type=common.number, default=2.4, help="weight of the background term of L_match")
-    p.add_argument("--lambda-refine", type=common.number, default=0.05, help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
+    p = flags.parser(__doc__, batch_size=64)
+    p.add_argument("--lambda-b", type=flags.number, default=2.4, help="weight of the background term of L_match")
+    p.add_argument("--lambda-refine", type=flags.number, default=0.05, help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
     p.add_argument("--init", help="generator to start from instead of <out>/match.pt: a published checkpoint or one of ours")
     p.add_argument("--prompts", default="learned", choices=["learned", "random"], help="random: prompts as initialised, the ablation of Table 5")
     p.add_argument("--train-backbone", action="store_true", help="train all of S, as CLIMS does, and as SemPLeS's text may be read")
@@ -38,17 +38,17 @@ def parse():
                    help="what CLIP compares regions with: texts, or the vision prototypes in <out>/prototypes.pt (vpl.py with the same --clip)")
     g = p.add_argument_group("learning schemes (arXiv Table 6)")
     g.add_argument("--scheme", choices=["sequential", "alternate", "joint"], default="sequential")
-    g.add_argument("--rounds", type=common.positive, default=1, help="rounds of (b), (c) under --scheme alternate; the first (b) is train_prompt.py")
-    g.add_argument("--lr-prompts", type=common.number, default=0.025, help="rate of the prompts where they train here")
-    g.add_argument("--lambda-t", type=common.number, default=0.02, help="weight of the text term of L_prompt where prompts train here")
+    g.add_argument("--rounds", type=flags.positive, default=1, help="rounds of (b), (c) under --scheme alternate; the first (b) is train_prompt.py")
+    g.add_argument("--lr-prompts", type=flags.number, default=0.025, help="rate of the prompts where they train here")
+    g.add_argument("--lambda-t", type=flags.number, default=0.02, help="weight of the text term of L_prompt where prompts train here")
     g.add_argument("--repel", choices=["one_minus", "log"], default="one_minus", help="as in train_prompt.py")
-    g.add_argument("--prompt-length", type=common.positive, default=30, help="vectors a class, for joint and random prompts")
+    g.add_argument("--prompt-length", type=flags.positive, default=30, help="vectors a class, for joint and random prompts")
     g.add_argument("--prompt-init", choices=["uniform", "normal"], default="uniform", help="as in train_prompt.py")
-    common.matching(p)
-    common.clims(p)
-    g = common.optimizing(common.training(p, epochs=60, lr=6.4e-5))
+    flags.matching(p)
+    flags.clims(p)
+    g = flags.optimizing(flags.training(p, epochs=60, lr=6.4e-5))
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
-    g.add_argument("--drop-path", type=common.share, default=0.1, help="stochastic depth of a DeiT while S trains")
+    g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth of a DeiT while S trains")
     args = p.parse_args()
     if args.targets == "vision" and args.scheme != "sequential":
         p.error("--targets vision has no prompts to train: it goes with --scheme sequential")
@@ -61,12 +61,12 @@ def parse():
 
 def load_prompts(args, clip, classes):
     """The learned prompts; fresh ones for the joint scheme and for the ablation."""
-    common.seed_all(args.seed)                                                          # the same prompts on every process
+    processes.seed_all(args.seed)                                                          # the same prompts on every process
     if args.scheme == "joint" or args.prompts == "random" or args.targets == "vision":
         return clip_model.BackgroundPrompts(clip, len(classes), args.prompt_length, args.prompt_init)
-    content = common.load(args.out / "prompts.pt", "prompts", classes)
+    content = checkpoints.load(args.out / "prompts.pt", "prompts", classes)
     prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
-    common.load_weights(prompts, content["model"], args.out / "prompts.pt")
+    checkpoints.load_weights(prompts, content["model"], args.out / "prompts.pt")
     learned = {**content["args"], **content["args"]["inputs"]}
     for name, now in (("clip", args.inputs["clip"] or args.clip), ("template", args.template)):
         if learned[name] not in (now, None):
@@ -76,28 +76,28 @@ def load_prompts(args, clip, classes):
 
 def main():
     args = parse()
-    env = common.Env(args)
+    env = processes.Env(args)
     out, last = args.out / "refine.pt", args.out / "refine.last.pt"
     start = args.init or args.out / ("cls.pt" if args.scheme == "joint" else "match.pt")
     vision = args.targets == "vision"
-    args.inputs = common.inputs(start=start, clip=args.clip, backgrounds=args.background_texts, prompts=args.out / ("prototypes.pt" if vision else "prompts.pt"))
-    if common.finished(out, args):
+    args.inputs = checkpoints.inputs(start=start, clip=args.clip, backgrounds=args.background_texts, prompts=args.out / ("prototypes.pt" if vision else "prompts.pt"))
+    if checkpoints.finished(out, args):
         return env.close(f"{out} is finished")
-    common.claim(out)
-    folder = data.Folder(args.data)
+    guard.claim(out)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device))
     if vision:
-        content = common.load_prototypes(args, folder, clip)
+        content = checkpoints.load_prototypes(args, folder, clip)
         if not content["args"]["learn_background"]:
             raise ValueError(f"{args.out / 'prototypes.pt'}: its backgrounds are texts still: run vpl.py with --learn-background")
         class_text, grounds = content["model"]["prototypes"].to(env.device).tensor_split([len(folder.classes)])
     else:
-        class_text = clip.encode_text(data.class_texts(folder.classes, args.template))  # u_f (C, D), once
-    manual_text = clip.encode_text(data.manual_texts(args.background_texts, args.template))     # (T, D), for CBS
+        class_text = clip.encode_text(texts.class_texts(folder.classes, args.template))  # u_f (C, D), once
+    manual_text = clip.encode_text(texts.manual_texts(args.background_texts, args.template))     # (T, D), for CBS
     if not args.init:
-        common.load(start, start.stem, folder.classes)
+        checkpoints.load(start, start.stem, folder.classes)
     model = torch.nn.ModuleDict({
         "S": generator.load_generator(start, args.pool, folder.classes, args.drop_path).to(env.device),
         "prompts": load_prompts(args, clip, folder.classes)})
@@ -106,15 +106,15 @@ def main():
     phases = {"sequential": ["refine"], "alternate": ["refine"] + ["prompt", "refine"] * (args.rounds - 1), "joint": ["joint"]}[args.scheme]
     total = args.epochs * len(phases)
 
-    common.seed_all(args.seed + env.rank)                                               # the noise of S differs between processes again
+    processes.seed_all(args.seed + env.rank)                                               # the noise of S differs between processes again
 
-    optimizer = common.optimizer([*groups, {"params": model["prompts"].parameters(), "lr": args.lr_prompts}], args)
-    samples = data.Samples(folder, ids, data.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
-    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
-    schedule, scaler = common.schedule(optimizer, args, args.epochs * len(batches)), env.scaler()             # a cosine a phase
-    begin, skip = common.load_state(last, model, optimizer, schedule, scaler, args)
+    optimizer = processes.optimizer([*groups, {"params": model["prompts"].parameters(), "lr": args.lr_prompts}], args)
+    samples = sampling.Samples(folder, ids, sampling.train_transform(args.crop, (args.min_scale, 1), args.randaugment, args.erase), args.seed)
+    loader, batches = sampling.loader(samples, args.batch_size, env, args.workers)
+    schedule, scaler = processes.schedule(optimizer, args, args.epochs * len(batches)), env.scaler()             # a cosine a phase
+    begin, skip = checkpoints.load_state(last, model, optimizer, schedule, scaler, args)
     S, prompts = env.parallel(model["S"]), env.parallel(model["prompts"])
-    log, meter = common.Log(args.out / "refine.jsonl", args, env, begin * len(batches) + skip), common.Meter(env)
+    log, meter = logs.Log(args.out / "refine.jsonl", args, env, begin * len(batches) + skip), logs.Meter(env)
 
     for epoch in range(begin, total):
         batches.start(epoch, skip)
@@ -137,10 +137,10 @@ def main():
                 u_b = fixed[k] if phase == "refine" else prompts(present)[at]           # (P, D)
             if vision:                                                                  # what this background region shows most of
                 u_b = grounds[(v_b.detach() @ grounds.T).argmax(1)]
-            match = common.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1
-            refine = common.mean(losses.refine_loss(v_f, u_b.detach()))                                              # Eq. 3
-            prompt = common.mean(losses.prompt_loss(u_b, v_b.detach(), class_text[k], args.lambda_t, args.repel))    # Eq. 2
-            cbs, reg = common.total(losses.suppression_loss(v_f, manual_text, args.tau_cbs)), common.mean(losses.area_loss(every))
+            match = processes.mean(losses.match_loss(v_f, v_b, class_text[k], args.lambda_b))                           # Eq. 1
+            refine = processes.mean(losses.refine_loss(v_f, u_b.detach()))                                              # Eq. 3
+            prompt = processes.mean(losses.prompt_loss(u_b, v_b.detach(), class_text[k], args.lambda_t, args.repel))    # Eq. 2
+            cbs, reg = processes.total(losses.suppression_loss(v_f, manual_text, args.tau_cbs)), processes.mean(losses.area_loss(every))
             of_S = args.lambda_match * match + args.lambda_cbs * cbs + args.lambda_reg * reg + args.lambda_refine * refine
             loss = {"refine": of_S, "prompt": prompt, "joint": of_S + prompt}[phase]
             lr = optimizer.param_groups[-1 if phase == "prompt" else 0]["lr"]
@@ -148,22 +148,22 @@ def main():
             scaler.step(optimizer), scaler.update(), optimizer.zero_grad(set_to_none=True), schedule.step()
 
             with torch.no_grad():
-                meter.add(numbers, loss=loss, match=match, refine=refine, prompt=prompt, cbs=cbs, reg=reg, mask=common.mean(masks.mean((1, 2))),
-                          sim_f=common.mean(losses.similarity(v_f, class_text[k])), sim_b=common.mean(losses.similarity(v_b, class_text[k])),
-                          sim_prompt=common.mean(losses.similarity(v_f, u_b)))
+                meter.add(numbers, loss=loss, match=match, refine=refine, prompt=prompt, cbs=cbs, reg=reg, mask=processes.mean(masks.mean((1, 2))),
+                          sim_f=processes.mean(losses.similarity(v_f, class_text[k])), sim_b=processes.mean(losses.similarity(v_b, class_text[k])),
+                          sim_prompt=processes.mean(losses.similarity(v_f, u_b)))
             done = epoch * len(batches) + step
             save = env.stopping() or step == len(batches) or done % args.save_every == 0
             if save or done % args.log_every == 0:
                 log(done, epoch=epoch, phase=phase, lr=lr, **meter.read(ids))
             if save:
-                common.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
+                checkpoints.save_state(last, model, optimizer, schedule, scaler, epoch, step, args)
         skip = 0
 
     if env.main:
         extra = {} if vision else {"prompts": model["prompts"].state_dict()}
-        common.save(out, stage="refine", model=model["S"].state_dict(), classes=folder.classes, args=common.plain(args), **extra)
+        checkpoints.save(out, stage="refine", model=model["S"].state_dict(), classes=folder.classes, args=flags.plain(args), **extra)
     env.close(f"{out} is finished")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

@@ -25,13 +25,14 @@ import argparse
 from itertools import islice
 from pathlib import Path
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import torch
 import torch.nn.functional as F
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from wsss import clip_model, common, data, gradcam, losses, mask2former, segmenter
+from hosts import mask2former
+from plumbing import checkpoints, flags, folders, guard, log as logs, masks as mask_files, processes, samples as sampling, weights as weight_files
+from wsss import clip_model, gradcam, losses, segmenter
 
 # What each paper trains its network with; a toy network takes its big sister's. VPL gives neither rate nor crop: ours, and WeCLIP's.
 # 264,500 steps of 4 are WeakTr's 100 epochs of train_aug. Of scales SemPLeS says nothing; the decay of Mask2Former is that of its own paper.
@@ -53,7 +54,7 @@ def papers(flag):
 
 
 def parse():
-    p = common.parser(__doc__, batch_size=None)
+    p = flags.parser(__doc__, batch_size=None)
     p.add_argument("--model", choices=[*segmenter.NAMES, *mask2former.NAMES], default="deeplabv2_resnet101", help="architecture")
     p.add_argument("--label-dir", type=Path, help="masks to learn instead of <out>/pseudo, one <id>.png for each picture of --split")
     p.add_argument("--init", help="weights to start from: imagenet (the default, downloaded once), none (clip_decoder's), or a file: of a backbone, or a whole seg.pt; "
@@ -61,26 +62,26 @@ def parse():
     p.add_argument("--train-batchnorm", action=argparse.BooleanOptionalAction,
                    help="DeepLab: BatchNorm learns too, with the statistics of all processes (on GPUs); if not given, only with --init none")
     g = p.add_argument_group("training")
-    g.add_argument("--iterations", type=common.positive, help=f"steps{papers('iterations')} (COCO: DeepLab 100,000). --batch-size{papers('batch_size')}")
-    g.add_argument("--lr", type=common.number, help="first rate, poly 0.9 to 0. DeepLab: of the backbone, x 10 for the head, x 20 for its biases; "
+    g.add_argument("--iterations", type=flags.positive, help=f"steps{papers('iterations')} (COCO: DeepLab 100,000). --batch-size{papers('batch_size')}")
+    g.add_argument("--lr", type=flags.number, help="first rate, poly 0.9 to 0. DeepLab: of the backbone, x 10 for the head, x 20 for its biases; "
                    f"Segmenter and Mask2Former: a tenth of it for the backbone{papers('lr')}")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="SGD, momentum 0.9, if not given, for Mask2Former AdamW; AdamW moves a fresh decoder in few steps")
-    g.add_argument("--weight-decay", type=common.number, help=f"decay{papers('weight_decay')}")
-    g.add_argument("--crop", type=common.positive, help="side of the random crop in pixels, for DeepLab best a multiple of its stride plus 1, "
+    g.add_argument("--weight-decay", type=flags.number, help=f"decay{papers('weight_decay')}")
+    g.add_argument("--crop", type=flags.positive, help="side of the random crop in pixels, for DeepLab best a multiple of its stride plus 1, "
                    f"for Segmenter a multiple of its patch, and its window at test, for Mask2Former a multiple of 32{papers('crop')}")
     g.add_argument("--min-scale", type=float, default=0.5, help="before the crop, a picture is resized by a random factor from this ...")
     g.add_argument("--max-scale", type=float, help=f"... to this{papers('max_scale')}")
-    g.add_argument("--log-every", type=common.positive, default=20, help="steps between two lines of the log")
-    g.add_argument("--save-every", type=common.positive, default=500, help="steps between two states to resume from")
+    g.add_argument("--log-every", type=flags.positive, default=20, help="steps between two lines of the log")
+    g.add_argument("--save-every", type=flags.positive, default=500, help="steps between two states to resume from")
     g = p.add_argument_group("Segmenter (WeakTr)")
-    g.add_argument("--clamp-start", type=common.number, help="large losses are clamped once their mean is below this, 1.2 if not given; 0: never")
-    g.add_argument("--clamp-tile", type=common.positive, help="to the mean of their tile over the batch; its side in pixels, 120 if not given")
+    g.add_argument("--clamp-start", type=flags.number, help="large losses are clamped once their mean is below this, 1.2 if not given; 0: never")
+    g.add_argument("--clamp-tile", type=flags.positive, help="to the mean of their tile over the batch; its side in pixels, 120 if not given")
     g = p.add_argument_group("clip_decoder (VPL phase 2)")
     g.add_argument("--clip", default="ViT-B/16", help="the frozen CLIP, that of vpl.py: OpenAI name, or a file with CLIP's weights")
-    g.add_argument("--lambda-ce", type=common.number, default=1.0, help="weight of the cross-entropy (Eq. 14)")
-    g.add_argument("--lambda-rsc", type=common.number, default=1.0, help="weight of regional semantic contrast (Eq. 14); 0: without")
+    g.add_argument("--lambda-ce", type=flags.number, default=1.0, help="weight of the cross-entropy (Eq. 14)")
+    g.add_argument("--lambda-rsc", type=flags.number, default=1.0, help="weight of regional semantic contrast (Eq. 14); 0: without")
     g.add_argument("--tau-rsc", type=float, default=0.07, help="temperature of Eq. 13")
-    g.add_argument("--width", type=common.positive, default=256, help="channels of the decoder, a multiple of its 8 heads")
+    g.add_argument("--width", type=flags.positive, default=256, help="channels of the decoder, a multiple of its 8 heads")
     args = p.parse_args()
     if not args.model.startswith("segmenter") and (args.clamp_start is not None or args.clamp_tile is not None):
         p.error("--clamp-start and --clamp-tile are of Segmenter's loss")
@@ -108,7 +109,7 @@ def transform(crop, low, high):
         size = [max(1, round(n * factor)) for n in image.shape[1:]]
         return v2.functional.resize(image, size, antialias=True), v2.functional.resize(mask, size)       # a mask by nearest
 
-    fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: data.IGNORE}
+    fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: mask_files.IGNORE}
     return v2.Compose([scale, v2.RandomCrop(crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(),
                        v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
 
@@ -138,8 +139,8 @@ def on_grid(masks, size):
 
 def pixel_loss(logits, target, clamp=lambda ce, known: ce):
     """Mean cross-entropy, clamped or not, over the pixels of all processes that have a label.   (B, 1 + C, h, w), (B, h, w) -> scalar"""
-    known = target != data.IGNORE
-    return common.mean(clamp(F.cross_entropy(logits.float(), target, ignore_index=data.IGNORE, reduction="none"), known), known)
+    known = target != mask_files.IGNORE
+    return processes.mean(clamp(F.cross_entropy(logits.float(), target, ignore_index=mask_files.IGNORE, reduction="none"), known), known)
 
 
 def pixel_losses(logits, more, masks, clamp, contrast):
@@ -155,7 +156,7 @@ def set_loss(classes, masks, label_maps, numbers, seed, step, config, env):
     pictures = [losses.set_losses(classes[:, i], masks[:, i], label_maps[i], config, draw(n)) for i, n in enumerate(numbers.tolist() or [0])]
     ce, weight, bce, dice = (torch.cat(part, 1) for part in zip(*pictures))     # (L, B Q) twice, (L, masks) twice
     ce = (weight * ce).sum() * env.world / env.sum(weight.sum()).clamp(min=1e-6)
-    return {"classes": len(masks) * ce, "masks": len(masks) * common.mean(bce), "dice": len(masks) * common.mean(dice)}
+    return {"classes": len(masks) * ce, "masks": len(masks) * processes.mean(bce), "dice": len(masks) * processes.mean(dice)}
 
 
 def build(args, folder, env):
@@ -163,11 +164,11 @@ def build(args, folder, env):
     init = None if args.init == "none" else args.init
     whole = None
     if init and Path(init).is_file() and "stage" in segmenter.read(init):
-        whole = common.load(init, "seg", folder.classes)                        # of these classes, in this order
+        whole = checkpoints.load(init, "seg", folder.classes)                        # of these classes, in this order
     if args.model in mask2former.NAMES:
         if init and Path(init).is_file():
             return mask2former.rebuild_mask2former(whole or {}, init, args.model).to(env.device)
-        model = mask2former.build_mask2former(args.model, len(folder.classes), init, common.from_hub).to(env.device)
+        model = mask2former.build_mask2former(args.model, len(folder.classes), init, weight_files.from_hub).to(env.device)
         if env.main and model.origin:
             print(model.origin)
         return model
@@ -181,10 +182,10 @@ def build(args, folder, env):
     if not hasattr(visual, "transformer"):
         raise ValueError(f"--clip {args.clip} is no vision transformer: clip_decoder reads its blocks")
     model = segmenter.build_decoder(lambda images: gradcam.block_outputs(clip, images), visual.conv1.out_channels, len(visual.transformer.resblocks) - 1,
-                                    common.load_prototypes(args, folder, clip), args.width)
+                                    checkpoints.load_prototypes(args, folder, clip), args.width)
     if init:
         here = model.prototypes.clone()
-        common.load_weights(model, common.load(init, "seg", folder.classes)["model"], init)
+        checkpoints.load_weights(model, checkpoints.load(init, "seg", folder.classes)["model"], init)
         if not torch.equal(here, model.prototypes):
             raise ValueError(f"{init} was trained with other prototypes than {args.out / 'prototypes.pt'}: put its own there")
     model.clip = clip.fingerprint()
@@ -202,19 +203,19 @@ def region_loss(coarse, v, masks, prototypes, tau, env, batch_size):
 
 def main():
     args = parse()
-    env = common.Env(args)
+    env = processes.Env(args)
     out, last = args.out / "seg.pt", args.out / "seg.last.pt"
     label_dir = args.label_dir or args.out / "pseudo"
     decoder = {"clip": args.clip, "prototypes": args.out / "prototypes.pt"} if args.model == "clip_decoder" else {}
     sets = args.model in mask2former.NAMES
     folder_of_weights = sets and Path(args.init).is_dir()                       # as transformers keeps them
-    args.inputs = common.inputs(init=Path(args.init) if folder_of_weights else args.init, masks=label_dir, **decoder)
-    if common.finished(out, args):
+    args.inputs = checkpoints.inputs(init=Path(args.init) if folder_of_weights else args.init, masks=label_dir, **decoder)
+    if checkpoints.finished(out, args):
         return env.close(f"{out} is finished")
-    common.claim(out)
+    guard.claim(out)
     if args.train_batchnorm and env.world > 1 and env.device.type == "cpu":
         raise ValueError("BatchNorm learns over several processes on GPUs only: take one process, or --no-train-batchnorm and an --init")
-    folder = data.Folder(args.data)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     if args.train_batchnorm and env.world > min(args.batch_size, len(ids)):
         raise ValueError(f"{env.world} processes share batches of {min(args.batch_size, len(ids))}: where BatchNorm learns each needs a picture, "
@@ -225,9 +226,9 @@ def main():
     groups, decay = model.groups(args.lr), args.weight_decay
     optimizer = torch.optim.AdamW(groups, weight_decay=decay) if args.optimizer == "adamw" else torch.optim.SGD(groups, momentum=0.9, weight_decay=decay)
     schedule, scaler = torch.optim.lr_scheduler.PolynomialLR(optimizer, args.iterations, power=0.9), env.scaler()
-    samples = data.Samples(folder, ids, transform(args.crop, args.min_scale, args.max_scale), args.seed, mask_path)
-    loader, batches = data.loader(samples, args.batch_size, env, args.workers)
-    _, begin = common.load_state(last, model, optimizer, schedule, scaler, args)
+    samples = sampling.Samples(folder, ids, transform(args.crop, args.min_scale, args.max_scale), args.seed, mask_path)
+    loader, batches = sampling.loader(samples, args.batch_size, env, args.workers)
+    _, begin = checkpoints.load_state(last, model, optimizer, schedule, scaler, args)
     network = env.parallel(model.train())
     clamp = (lambda ce, known: losses.clamp_losses(ce, known, args.clamp_start, args.clamp_tile, env.sum)) if args.clamp_start else lambda ce, known: ce
     contrast = ((lambda coarse, v, masks: region_loss(coarse, v, masks, model.prototypes, args.tau_rsc, env, batches.batch_size))
@@ -236,7 +237,7 @@ def main():
     weights = ({"classes": config.class_weight, "masks": config.mask_weight, "dice": config.dice_weight} if sets else
                {"ce": args.lambda_ce, "rsc": args.lambda_rsc})                  # VPL Eq. 14; DeepLab and Segmenter have the first term only
     dense = 4 if args.model.startswith("deeplab") else 1                        # how many of a network's outputs are logits of the labels
-    log, meter = common.Log(args.out / "seg.jsonl", args, env, begin), common.Meter(env)
+    log, meter = logs.Log(args.out / "seg.jsonl", args, env, begin), logs.Meter(env)
 
     for step, (images, masks, numbers) in env.progress(stream(loader, batches, begin, args.iterations), "seg", args.iterations, begin):
         images, masks = images.to(env.device, non_blocking=True), masks.to(env.device, non_blocking=True)
@@ -253,20 +254,20 @@ def main():
 
         with torch.no_grad():
             label, target = logits[-1].argmax(1), on_grid(masks, logits[-1].shape[2:])            # (B, h, w) each
-            scored = target != data.IGNORE
-            meter.add(numbers, loss=loss, **parts, accuracy=common.mean((label == target).float(), scored),
-                      foreground=common.mean((label > 0).float(), scored), scored=common.mean(scored[:len(numbers)].float()))
+            scored = target != mask_files.IGNORE
+            meter.add(numbers, loss=loss, **parts, accuracy=processes.mean((label == target).float(), scored),
+                      foreground=processes.mean((label > 0).float(), scored), scored=processes.mean(scored[:len(numbers)].float()))
         save = env.stopping() or step == args.iterations or step % args.save_every == 0
         if save or step % args.log_every == 0:
             log(step, lr=lr, **meter.read(ids))
         if save:
-            common.save_state(last, model, optimizer, schedule, scaler, 0, step, args)
+            checkpoints.save_state(last, model, optimizer, schedule, scaler, 0, step, args)
 
     if env.main:
-        common.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=common.plain(args), clip=getattr(model, "clip", None),
+        checkpoints.save(out, stage="seg", model=model.state_dict(), classes=folder.classes, args=flags.plain(args), clip=getattr(model, "clip", None),
                     config=getattr(model, "config", None), origin=getattr(model, "origin", None))
     env.close(f"{out} is finished")
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

@@ -20,18 +20,18 @@ Maps by W are those of the texts with W for Z and tau_I for tau_T; a larger tau 
 """
 import argparse
 
-import wsss  # noqa: F401  first: it answers a Ctrl-C while the others are loaded
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from wsss import clip_model, common, data, gradcam, losses
+from plumbing import checkpoints, files, flags, folders, guard, log as logs, processes, samples
+from wsss import clip_model, gradcam, losses, texts as names
 
 
 def parse():
-    p = common.parser(__doc__, batch_size=16)
-    common.localising(p)
-    p.add_argument("--tau-i", type=common.above_zero, default=0.03, help="temperature of the softmax over vision prototypes (Table 5); larger than --tau-t")
+    p = flags.parser(__doc__, batch_size=16)
+    flags.localising(p)
+    p.add_argument("--tau-i", type=flags.above_zero, default=0.03, help="temperature of the softmax over vision prototypes (Table 5); larger than --tau-t")
     p.add_argument("--phi", type=float, default=0.4, help="least map value of a marked pixel (Table 6); up to 0.5 it matters only with --no-background-pixels: each pixel is marked as one or the other")
     p.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
                    help="mark background pixels too; --no-background-pixels: only the seeds of classes")
@@ -44,12 +44,12 @@ def parse():
     p.add_argument("--learn-background", action=argparse.BooleanOptionalAction, default=True,
                    help="learn the backgrounds' prototypes too; --no-learn-background leaves them at their texts and drops background pixels")
     # Differs from the paper: it sets no bound. VOC's train_aug has about 7 million patches of 16 pixels, COCO's train about 90.
-    p.add_argument("--max-pixels", type=common.natural, default=4_000_000,
+    p.add_argument("--max-pixels", type=flags.natural, default=4_000_000,
                    help="bound on marked pixels, 2 D bytes each and 4 for every column of P': every picture keeps at most its share, drawn by chance; 0: all")
-    p.add_argument("--steps", type=common.positive, default=3000, help="steps of gradient descent over all pixels (T_w, Table 7)")
-    p.add_argument("--lr", type=common.above_zero, default=10.0, help="first rate; it halves whenever the norm of the gradient grows")
-    p.add_argument("--log-every", type=common.positive, default=50, help="steps between two lines of the log")
-    p.add_argument("--save-every", type=common.positive, default=500, help="steps between two states to resume from")
+    p.add_argument("--steps", type=flags.positive, default=3000, help="steps of gradient descent over all pixels (T_w, Table 7)")
+    p.add_argument("--lr", type=flags.above_zero, default=10.0, help="first rate; it halves whenever the norm of the gradient grows")
+    p.add_argument("--log-every", type=flags.positive, default=50, help="steps between two lines of the log")
+    p.add_argument("--save-every", type=flags.positive, default=500, help="steps between two states to resume from")
     args = p.parse_args()
     if not 0 < args.phi <= 1:
         p.error("--phi: maps go from 0 to 1, so it is above 0 and at most 1")
@@ -95,17 +95,17 @@ def collect(clip, texts, folder, ids, labels, args, env):
     """Writes the features of this process's pictures that are not there yet."""
     mine = [n for n in env.shard(range(len(ids))) if not stored(args, ids[n]).exists()]
     quota = args.max_pixels // len(ids) if args.max_pixels else float("inf")
-    for batch, images in env.progress(data.by_size(folder, [ids[n] for n in mine], args.batch_size, env, args.workers), "features"):
+    for batch, images in env.progress(samples.by_size(folder, [ids[n] for n in mine], args.batch_size, env, args.workers), "features"):
         numbers = [mine[i] for i in batch]
         look = lambda: gradcam.last_inputs(clip, images.to(env.device, non_blocking=True), size=gradcam.within(images.shape[-2:], args.max_side))
         with env.autocast():
-            seen = gradcam.stored_inputs(args.out / "cache", [ids[n] for n in numbers], look, common.sound) if args.cache else look()
+            seen = gradcam.stored_inputs(args.out / "cache", [ids[n] for n in numbers], look, checkpoints.sound) if args.cache else look()
         x, attention, grid = (part.to(env.device) if torch.is_tensor(part) else part for part in seen)
         marked = mark(clip, x, attention, grid, labels[numbers].to(env.device), texts, args)
         for n, features, classes in zip(numbers, gradcam.patch_features(clip, x, args.features), marked):
             if not features.isfinite().all():
                 raise ValueError(f"CLIP's features of {ids[n]} are not finite: look at the picture, take --amp bf16 or off, or another --clip")
-            with common.atomic(stored(args, ids[n])) as beside, open(beside, "wb") as file:
+            with files.atomic(stored(args, ids[n])) as beside, open(beside, "wb") as file:
                 np.save(file, choose(features, classes, n, quota, args).half().cpu().numpy(), allow_pickle=False)
 
 
@@ -130,11 +130,11 @@ def read_features(texts, ids, labels, args, env):
     for n in env.shard(range(len(ids))):
         path = stored(args, ids[n])
         try:
-            rows = torch.from_numpy(data.read_npy(path)).to(texts.device)
+            rows = torch.from_numpy(files.read_npy(path)).to(texts.device)
             if rows.dtype != torch.half or rows.shape[1:] != (texts.shape[1] + 1,) or not rows.isfinite().all() or not ((rows[:, -1] >= 0) & (rows[:, -1] <= labels.shape[1])).all():
                 raise ValueError("no features and classes")
         except Exception as error:                                                      # numpy raises whatever a foreign file's bytes provoke
-            raise ValueError(f"{path} is not a plain .npy array ({data.why(error)}): remove it and run vpl.py again") from None
+            raise ValueError(f"{path} is not a plain .npy array ({files.why(error)}): remove it and run vpl.py again") from None
         x.append(rows[:, :-1]), marked.append(rows[:, -1].long())
         p_text.append(text_targets(x[-1], marked[-1], labels[n].to(texts.device), texts, args))
     return torch.cat(x), torch.cat(p_text), torch.bincount(torch.cat(marked), minlength=labels.shape[1] + 1)
@@ -142,24 +142,24 @@ def read_features(texts, ids, labels, args, env):
 
 def main():
     args = parse()
-    env = common.Env(args)
+    env = processes.Env(args)
     out, last = args.out / "prototypes.pt", args.out / "prototypes.last.pt"
-    args.inputs = common.inputs(clip=args.clip)
-    if common.finished(out, args):
+    args.inputs = checkpoints.inputs(clip=args.clip)
+    if checkpoints.finished(out, args):
         return env.close(f"{out} is finished")
-    common.claim(out)
-    folder = data.Folder(args.data)
+    guard.claim(out)
+    folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels, classes = folder.labels(ids), folder.classes
     if 0 < args.max_pixels < len(ids):
         raise ValueError(f"--max-pixels {args.max_pixels}: less than one for each of {len(ids)} pictures; 0 sets no bound")
 
     clip = env.in_turn(lambda: clip_model.load_clip(args.clip, env.device, vit=True))
-    texts = clip.encode_text(data.prompt_texts(folder, args.prompt, args.template))     # Z (M, D): classes, then backgrounds
+    texts = clip.encode_text(names.prompt_texts(folder, args.prompt, args.template))     # Z (M, D): classes, then backgrounds
 
     if args.cache:
-        common.open_folder(args.out / "cache", argparse.Namespace(resume=args.resume, amp=args.amp, max_side=args.max_side), env, (), keep=True, clip=clip.fingerprint())
-    common.open_folder(args.out / "features", args, env, DESCENT, keep=True, classes=classes, backgrounds=folder.backgrounds)
+        checkpoints.open_folder(args.out / "cache", argparse.Namespace(resume=args.resume, amp=args.amp, max_side=args.max_side), env, (), keep=True, clip=clip.fingerprint())
+    checkpoints.open_folder(args.out / "features", args, env, DESCENT, keep=True, classes=classes, backgrounds=folder.backgrounds)
     collect(clip, texts, folder, ids, labels, args, env)
     env.barrier()
     x, p_text, pixels = read_features(texts, ids, labels, args, env)
@@ -175,10 +175,10 @@ def main():
     if not args.resume:
         out.unlink(missing_ok=True), last.unlink(missing_ok=True)
     if last.exists():
-        state = common.load(last, "descent", classes, env.device)
-        common.same_recipe(last, state["args"], args)
+        state = checkpoints.load(last, "descent", classes, env.device)
+        checkpoints.same_recipe(last, state["args"], args)
         W, lr, norm, begin = (state[name] for name in ("W", "lr", "norm", "step"))
-    log = common.Log(args.out / "prototypes.jsonl", args, env, begin)
+    log = logs.Log(args.out / "prototypes.jsonl", args, env, begin)
 
     for step in env.progress(range(begin + 1, args.steps + 1), "prototypes", args.steps, begin):
         gradient, loss = losses.prototype_gradient(x, W, p_text, args.tau_i)            # Eq. 7, 10: sums over this process's pixels
@@ -193,14 +193,14 @@ def main():
         if shown:
             log(step, loss=loss, norm=norm, lr=lr, gap=gap(before))
         if env.main and (stopping or step % args.save_every == 0):
-            common.save(last, stage="descent", W=W, lr=lr, norm=norm, step=step, classes=classes, args=common.plain(args))
-        common.leave(last, step)
+            checkpoints.save(last, stage="descent", W=W, lr=lr, norm=norm, step=step, classes=classes, args=flags.plain(args))
+        guard.leave(last, step)
 
     gaps = {"before": gap(texts), "after": gap(W)}
     unseen = [name for name, count in zip(classes, pixels) if count == 0]
     if env.main:
-        common.save(out, stage="prototypes", model={"prototypes": W.float().cpu(), "text": texts.cpu()}, classes=classes,
-                    backgrounds=folder.backgrounds, clip=clip.fingerprint(), gap=gaps, pixels=pixels, tau_t=args.tau_t, tau_i=args.tau_i, args=common.plain(args))
+        checkpoints.save(out, stage="prototypes", model={"prototypes": W.float().cpu(), "text": texts.cpu()}, classes=classes,
+                    backgrounds=folder.backgrounds, clip=clip.fingerprint(), gap=gaps, pixels=pixels, tau_t=args.tau_t, tau_i=args.tau_i, args=flags.plain(args))
         print(f"{n} {args.pool}s: {', '.join(f'{name} {count}' for name, count in zip([*classes, 'background'], pixels))}")
         if unseen:
             print(f"no {args.pool} is marked as {', '.join(unseen)}: these prototypes are only what the pixels of others make of them")
@@ -208,4 +208,4 @@ def main():
 
 
 if __name__ == "__main__":
-    common.run(main)
+    guard.run(main)

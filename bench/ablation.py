@@ -34,7 +34,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                            # before bench/, whose eval.py is not the stage
-from wsss import data, toy  # noqa: E402
+from plumbing import folders, maps  # noqa: E402
+from toy import drawings as toy  # noqa: E402
 
 TABLE5 = ["cls", "match", "again", "random", "text", "image", "full"]
 GRID = np.linspace(0, 1, 201)
@@ -80,8 +81,8 @@ def measure(folder, ids, labels, cam_dir, draw):
     count = {"object": 0, "own": 0}
     for id, label in zip(ids, labels):
         truth, ground = folder.truth(id), toy.scene(draw, int(id.split("_")[1])).ground
-        classes, cam = data.load_cam(cam_dir / f"{id}.npy", label)
-        for k, m in zip(classes, data.resize_maps(cam, truth.shape).numpy()):
+        classes, cam = maps.load_cam(cam_dir / f"{id}.npy", label)
+        for k, m in zip(classes, maps.resize_maps(cam, truth.shape).numpy()):
             for part, where in (("object", truth == k + 1), ("own", (ground == k) & (truth == 0))):
                 values = np.sort(m[where])
                 lit[part] += len(values) - np.searchsorted(values, GRID, side="right")
@@ -96,7 +97,7 @@ def run_pair(number, args):
     root = args.out / f"pair_{number}"
     world, base = root / "data", root / "base"
     stage("make_toy.py", "--out", world, "--seed", draw, *flags["PICTURES"])
-    folder = data.Folder(world)
+    folder = folders.Folder(world)
     ids = folder.ids("train")
     labels = folder.labels(ids)
     threshold = float(flags["THRESHOLD"][1])

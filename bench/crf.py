@@ -25,7 +25,8 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import write  # noqa: E402
 import make_pseudo  # noqa: E402
-from wsss import common, data, toy  # noqa: E402
+from plumbing import maps as map_files, processes as ranks  # noqa: E402
+from toy import drawings as toy  # noqa: E402
 
 
 def make_inputs(root, pictures, size):
@@ -36,7 +37,7 @@ def make_inputs(root, pictures, size):
     for n in range(pictures):
         image, maps = toy.scene(0, n % 50).image, np.random.default_rng(n).random((2, 6, 8), np.float32)
         Image.fromarray(image).resize(size[::-1], Image.BICUBIC).save(root / f"{n:05d}.jpg", quality=95)
-        data.save_cam(root / f"cam/{n:05d}.npy", data.resize_maps(maps, size))
+        map_files.save_cam(root / f"cam/{n:05d}.npy", map_files.resize_maps(maps, size))
         tasks.append((root / f"{n:05d}.jpg", f"{n:05d}", labels))
     return tasks
 
@@ -61,7 +62,7 @@ def held():
 def run(tasks, args, workers, device):
     """-> (process, MB, time) of each picture as it is finished, and the main process's MB then."""
     todo = ((*task, args, device) for task in tasks)
-    return [(*row, held()) for row in common.pooled(measured, todo, workers, args.out)]
+    return [(*row, held()) for row in ranks.pooled(measured, todo, workers, args.out)]
 
 
 def speed(rows):

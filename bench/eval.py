@@ -22,7 +22,7 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import write  # noqa: E402
 from maps import alternate, ratio  # noqa: E402
 import eval as stage  # noqa: E402
-from wsss import common, data  # noqa: E402
+from plumbing import folders, maps as map_files, masks, processes  # noqa: E402
 
 SIZE, COUNT = (375, 500), 21
 THRESHOLDS = torch.arange(1, 21).double() / 21
@@ -38,13 +38,13 @@ def make_inputs(root, pictures, stride=1, size=SIZE):
         classes, truth, cam = sorted(rng.choice(20, rng.integers(1, 4), replace=False)), np.zeros(size, np.uint8), []
         for k in classes:
             far = np.hypot((y / H - rng.uniform(.2, .8)) / rng.uniform(.1, .4), (x / W - rng.uniform(.2, .8)) / rng.uniform(.1, .4))     # 1 at the object's edge
-            truth[far < 1.03], truth[far < 1] = data.IGNORE, k + 1
+            truth[far < 1.03], truth[far < 1] = masks.IGNORE, k + 1
             coarse = F.adaptive_avg_pool2d(torch.from_numpy(np.exp(-far ** 2))[None], (H // 16, W // 16)) + .2 * torch.rand(1, H // 16, W // 16)
-            m = data.shrink_maps(data.resize_maps(coarse, size), stride)
+            m = map_files.shrink_maps(map_files.resize_maps(coarse, size), stride)
             cam.append((m - m.min()) / (m.max() - m.min()))
-        data.save_mask(root / f"data/SegmentationClass/{n:05d}.png", truth)
-        data.save_cam(root / f"out/cam/{n:05d}.npy", torch.cat(cam))
-        lines.append(" ".join([f"{n:05d}", *(data.VOC_CLASSES[k] for k in classes)]))
+        masks.save_mask(root / f"data/SegmentationClass/{n:05d}.png", truth)
+        map_files.save_cam(root / f"out/cam/{n:05d}.npy", torch.cat(cam))
+        lines.append(" ".join([f"{n:05d}", *(folders.VOC_CLASSES[k] for k in classes)]))
     (root / "data/labels.txt").write_text("\n".join(lines))
     (root / "data/ImageSets/Segmentation/train.txt").write_text("\n".join(line.split()[0] for line in lines))
 
@@ -53,14 +53,14 @@ def in_one_pass(root):
     """Confusion matrices (20, C, C) as eval.py makes them."""
     args = argparse.Namespace(out=root / "out", cam="cam", what="cam", background="constant", threshold=0.43, oracle=True, amp="off", seed=0,
                               device="cpu", deterministic=False)
-    folder, stage.ORACLE = data.Folder(root / "data"), THRESHOLDS
+    folder, stage.ORACLE = folders.Folder(root / "data"), THRESHOLDS
     ids = folder.ids("train")
-    return stage.score_maps(args, folder, ids, folder.labels(ids), common.Env(args))[1:, :, :COUNT]
+    return stage.score_maps(args, folder, ids, folder.labels(ids), processes.Env(args))[1:, :, :COUNT]
 
 
 def pass_by_pass(root):
     """The same, a pass over all files for each threshold."""
-    labels = {line.split()[0]: [data.VOC_CLASSES.index(name) for name in line.split()[1:]] for line in (root / "data/labels.txt").read_text().splitlines()}
+    labels = {line.split()[0]: [folders.VOC_CLASSES.index(name) for name in line.split()[1:]] for line in (root / "data/labels.txt").read_text().splitlines()}
     total = np.zeros((len(THRESHOLDS), COUNT, COUNT), np.int64)
     for matrix, threshold in zip(total, THRESHOLDS.tolist()):
         for id, classes in labels.items():
@@ -70,7 +70,7 @@ def pass_by_pass(root):
                 cam = F.interpolate(cam[None], truth.shape, mode="bilinear", align_corners=False)[0]
             score, row = cam.max(0)
             mask = np.where(score.double().numpy() > threshold, np.array(sorted(classes))[row.numpy()] + 1, 0)
-            scored = truth != data.IGNORE
+            scored = truth != masks.IGNORE
             matrix += np.bincount(truth[scored].astype(np.int64) * COUNT + mask[scored], minlength=COUNT ** 2).reshape(COUNT, COUNT)
     return torch.from_numpy(total)
 

@@ -38,7 +38,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
 from ablation import write  # noqa: E402
 
 import wsss  # noqa: E402
-from wsss import common  # noqa: E402
+from plumbing import files as plain_files, guard, log  # noqa: E402
 
 SAVE = 5
 STEPS = f"--batch-size 4 --log-every 1 --save-every {SAVE}"
@@ -72,7 +72,7 @@ def stages(out):
 
 def begin(line, folder, fresh):
     """The process of a stage: here, or, if `fresh`, a python of its own."""
-    signal.signal(signal.SIGINT, wsss.leave), signal.signal(signal.SIGTERM, wsss.leave)        # as in a script of its own, until common.run
+    signal.signal(signal.SIGINT, wsss.leave), signal.signal(signal.SIGTERM, wsss.leave)        # as in a script of its own, until guard.run
     os.chdir(folder)
     output = os.open(folder.parent / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(output, 1), os.dup2(output, 2)
@@ -81,7 +81,7 @@ def begin(line, folder, fresh):
     if fresh:
         os.execv(sys.executable, [sys.executable, "-W", "ignore", str(ROOT / script), *flags])
     sys.argv = [str(ROOT / script), *flags]
-    common.run(importlib.import_module(script.removesuffix(".py")).main)
+    guard.run(importlib.import_module(script.removesuffix(".py")).main)
 
 
 def start(line, folder, fresh=False):
@@ -133,7 +133,7 @@ def finished(folder):
 
 def logs(folder):
     """Path -> the lines of steps, whole ones."""
-    return {name: [line for line in path.read_text().splitlines()[1:] if common.whole(line)] for name, path in files(folder).items() if path.suffix == ".jsonl"}
+    return {name: [line for line in path.read_text().splitlines()[1:] if log.whole(line)] for name, path in files(folder).items() if path.suffix == ".jsonl"}
 
 
 def redone(before, after, lines_before, lines_after, saved):
@@ -286,7 +286,7 @@ def main():
         if time.time() - BEGUN > args.seconds:
             sys.exit(f"{len(done)} of {len(lines)} stages are done: the same command goes on")
         done[n] = attack(n, line, shares.get(n, 0), args, done)
-        common.save_json(path, done)
+        plain_files.save_json(path, done)
     text = table([done[n] for n in sorted(done)])
     print(text)
     if args.write:

@@ -25,7 +25,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import stage  # noqa: E402
-from wsss import clip_model, common, generator  # noqa: E402
+from plumbing import checkpoints  # noqa: E402
+from wsss import clip_model, generator  # noqa: E402
 
 COMMON = "--split train --device cpu --workers 0 --amp off".split()
 CLASSES = 20
@@ -50,7 +51,7 @@ def make_inputs(root, pictures, pairs):
     clip = CLIP(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=32, context_length=77, vocab_size=49408,
                 transformer_width=512, transformer_heads=8, transformer_layers=12)
     torch.save(clip.half().state_dict(), root / "clip.pt")
-    common.save(root / "generator.pt", model=generator.build_generator("deit_small", CLASSES).state_dict())
+    checkpoints.save(root / "generator.pt", model=generator.build_generator("deit_small", CLASSES).state_dict())
 
 
 def step(root, script, pictures, *flags, stored=False):

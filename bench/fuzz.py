@@ -42,7 +42,9 @@ sys.path.insert(0, str(ROOT))                            # before bench/, whose 
 import prepare_data  # noqa: E402
 import report  # noqa: E402
 import vpl  # noqa: E402
-from wsss import clip_model, common, data, generator, gradcam, segmenter, segments  # noqa: E402
+from hosts import segments  # noqa: E402
+from plumbing import checkpoints as stored, files, folders, foreign, guard, images as image_files, log as logs, maps as map_files, masks  # noqa: E402
+from wsss import clip_model, generator, gradcam, segmenter, texts  # noqa: E402
 
 CLASSES = ["train", "boat", "cow"]
 SIZE = 12, 16                                                     # of the picture, its mask, maps and segments
@@ -414,7 +416,7 @@ def valid_pictures():
 
 def valid_masks():
     mask = np.random.default_rng(0).choice([0, 1, 3, 255], SIZE).astype(np.uint8)
-    return [saved(data.paint(mask), "PNG"), saved(Image.fromarray(mask), "PNG"), saved(data.paint(mask).convert("RGB"), "PNG"), saved(Image.fromarray(mask.astype(np.uint16)), "PNG")]
+    return [saved(masks.paint(mask), "PNG"), saved(Image.fromarray(mask), "PNG"), saved(masks.paint(mask).convert("RGB"), "PNG"), saved(Image.fromarray(mask.astype(np.uint16)), "PNG")]
 
 
 def valid_maps():
@@ -451,7 +453,7 @@ def network(kind):
         return packed([torch.rand(7, 8).half(), torch.rand(6, 6).half(), [2, 3]])
     model, optimizer, schedule, scaler = parts_of_a_run()
     model(torch.rand(2, 3)).sum().backward(), optimizer.step()
-    rng = {"python": common.random.getstate(), "numpy": common.numpy_state(), "torch": torch.get_rng_state(), "cuda": None}
+    rng = {"python": __import__("random").getstate(), "numpy": stored.numpy_state(), "torch": torch.get_rng_state(), "cuda": None}
     return packed({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scheduler": schedule.state_dict(), "scaler": scaler.state_dict(), "rng": [rng], "epoch": 1, "step": 2, "args": args})
 
 
@@ -475,48 +477,48 @@ def read_folder(path):
         (root / "classes.txt").write_text("\n".join(CLASSES))
     if path.name == "train.txt":
         path.replace(root / "ImageSets" / "Segmentation" / "train.txt")
-    folder = data.Folder(root)
-    names = folder.classes + folder.backgrounds + data.class_texts(folder.classes)
+    folder = folders.Folder(root)
+    names = folder.classes + folder.backgrounds + texts.class_texts(folder.classes)
     ids = folder.ids("train") if path.name == "train.txt" else []
     labels = folder.labels(["a_1"]) if path.name == "labels.txt" else None
-    return (all(name and len(name) < 200 and data.printable(name) for name in names) and all((root / "x" / id).resolve().parent == (root / "x").resolve() for id in ids)
+    return (all(name and len(name) < 200 and folders.printable(name) for name in names) and all((root / "x" / id).resolve().parent == (root / "x").resolve() for id in ids)
             and (labels is None or labels.shape == (1, 3)))
 
 
 def read_picture(path):
-    image = data.load_image(path)
-    return image.mode == "RGB" and image.size[::-1] == data.picture_size(path) and image.width * image.height <= data.PIXELS
+    image = image_files.load_image(path)
+    return image.mode == "RGB" and image.size[::-1] == image_files.picture_size(path) and image.width * image.height <= image_files.PIXELS
 
 
 def read_mask(path):
-    mask = data.load_mask(path, 3)
+    mask = masks.load_mask(path, 3)
     return mask.dtype == np.uint8 and mask.ndim == 2 and set(np.unique(mask)) <= {0, 1, 2, 3, 255}
 
 
 def read_map(path):
-    classes, maps = data.load_cam(path, [1, 0, 1], SIZE)
+    classes, maps = map_files.load_cam(path, [1, 0, 1], SIZE)
     return classes.tolist() == [0, 2] and maps.dtype == np.float32 and len(maps) == 2 and np.isfinite(maps).all()
 
 
 def read_segments(path):
-    return all(s.mask.any() and 0 <= s.level <= 2 for s in segments.load_segments(path, SIZE, data.FmaReader))
+    return all(s.mask.any() and 0 <= s.level <= 2 for s in segments.load_segments(path, SIZE, foreign.FmaReader))
 
 
 def read_generator(path):
-    S = generator.load_generator(common.sound(path), None, CLASSES).eval()
+    S = generator.load_generator(stored.sound(path), None, CLASSES).eval()
     with torch.no_grad():
         return S.maps(torch.rand(1, 3, 24, 24)).shape[:2] == (1, 3) and finite(S.state_dict().values())
 
 
 def read_segmenter(path):
-    content = common.load(path, "seg", CLASSES)
+    content = stored.load(path, "seg", CLASSES)
     if content["args"]["model"] == "clip_decoder":
         return True
     return finite(segmenter.load_segmenter(path).state_dict().values())
 
 
 def read_clip(path):
-    common.inputs(clip=path)
+    stored.inputs(clip=path)
     clip = clip_model.load_clip(path)
     with torch.no_grad():
         return finite(clip.model.state_dict().values()) and clip.size <= 1 << 16
@@ -524,21 +526,21 @@ def read_clip(path):
 
 def read_prototypes(path):
     clip, folder = Namespace(fingerprint=lambda: "f"), Namespace(classes=CLASSES, backgrounds=["sky", "sea"])
-    return finite([common.load_prototypes(Namespace(out=path.parent), folder, clip)["model"]["prototypes"]])
+    return finite([stored.load_prototypes(Namespace(out=path.parent), folder, clip)["model"]["prototypes"]])
 
 
 def read_state(path):
     before = torch.get_rng_state()
     model, *parts = parts_of_a_run()
     args = Namespace(resume=True, model="segmenter_toy", crop=96, pool="max", lr=0.1, clip="x")
-    epoch, step = common.load_state(path, model, *parts, args)
+    epoch, step = stored.load_state(path, model, *parts, args)
     torch.set_rng_state(before)
     np.random.rand(700)
     return epoch >= 0 and step >= 0 and finite(model.state_dict().values())
 
 
 def read_cache(path):
-    x, attention, grid = gradcam.stored_inputs(path.parent, ["a_1"], lambda: data.regular(path), common.sound)
+    x, attention, grid = gradcam.stored_inputs(path.parent, ["a_1"], lambda: files.regular(path), stored.sound)
     return finite([x, attention]) and x.shape[1] == 1 + grid[0] * grid[1]
 
 
@@ -553,25 +555,25 @@ def read_features(path):
 
 
 def read_recipe(path):
-    common.inputs(cam=path.parent)
+    stored.inputs(cam=path.parent)
     args = Namespace(out=path.parent.parent, resume=True, lr=0.1)
     sys.argv[0] = "make_cam.py"
-    common.open_folder(path.parent, args, Namespace(main=False, barrier=lambda: None), ())
+    stored.open_folder(path.parent, args, Namespace(main=False, barrier=lambda: None), ())
     return True
 
 
 def read_log(path):
-    env, common.versions = Namespace(main=True, world=1), dict    # which would ask git
+    env, logs.versions = Namespace(main=True, world=1), dict    # which would ask git
     log = report.Log(path, "match")
     log.curves()
-    common.Log(path, Namespace(lr=1), env, step=5)
+    logs.Log(path, Namespace(lr=1), env, step=5)
     return True
 
 
 def read_report(path):
     """A folder of results with this file in it: what the page says of it, pictures aside."""
     out = path.parent.parent if path.name == "recipe.json" else path.parent
-    common.versions = dict                                        # which would ask git
+    logs.versions = dict                                        # which would ask git
     args, run = Namespace(data="data", out=out, split="train"), report.Run("", out, Namespace(classes=CLASSES, root=path.parent))
     parts = [report.scores(args, Namespace(classes=CLASSES), [run]), report.curves(args, [run]), report.arguments([run])]
     return all(part.encode(errors="xmlcharrefreplace") for part in parts) and report.lacking([run]) is not None
@@ -580,7 +582,7 @@ def read_report(path):
 def read_instances(path):
     images, _ = prepare_data.read_instances(path)
     for name, shape, things in images:
-        data.check_id(Path(name).stem, path)
+        folders.check_id(Path(name).stem, path)
         for label, segmentation, _ in things:
             prepare_data.write_coco((Path("x") / name, path.parent / "link.jpg", path.parent / "mask.png", shape, [(1, segmentation)], False))
     return True
@@ -614,8 +616,8 @@ def readers():
         "backgrounds": ("backgrounds.txt", read_folder, lambda: [b"sky\nrailway track\n"], texts),
         "labels": ("labels.txt", read_folder, lambda: [b"a_1 train cow\na_2\n", b"a_1\tboat\r\n", b"\xef\xbb\xbfa_1 0 2\n"], texts),
         "list": ("train.txt", read_folder, lambda: [b"a_1\na_2\n", b"/JPEGImages/a_1.jpg /SegmentationClassAug/a_1.png\n"], texts),
-        "annotation": ("a_1.xml", lambda path: set(data.read_xml(path, CLASSES)) <= {0, 1, 2}, lambda: [annotation], xmls),
-        "cls_labels": ("cls_labels.npy", lambda path: all(set(v) <= {0, 1, 2} for v in data.read_cls_labels(path, CLASSES).values()), lambda: [labels()],
+        "annotation": ("a_1.xml", lambda path: set(folders.read_xml(path, CLASSES)) <= {0, 1, 2}, lambda: [annotation], xmls),
+        "cls_labels": ("cls_labels.npy", lambda path: all(set(v) <= {0, 1, 2} for v in folders.read_cls_labels(path, CLASSES).values()), lambda: [labels()],
                        lambda: [*map(objects, pickles()), *headers()]),
         "picture": ("a_1.jpg", read_picture, valid_pictures, pictures),
         "mask": ("a_1.png", read_mask, valid_masks, pictures),
@@ -719,8 +721,8 @@ def verdict(reader, path, watch):
     try:
         found, said = ("accepted", "") if reader(path) else ("wrong error", "a value that passes no check")
     except (ValueError, OSError) as error:
-        said = common.one_line(error)
-        ours = common.ours(error)
+        said = guard.one_line(error)
+        ours = guard.ours(error)
         found = "refused" if "\n" not in str(said) and len(said) < 1000 and any(word in said for word in (path.name, "a_1", str(path.parent))) and ours else "wrong error"
         said = said if found == "refused" else "".join(traceback.format_exception(error))[-1500:]
     except BaseException as error:                                # whatever a bug raises

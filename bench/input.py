@@ -25,7 +25,7 @@ from PIL import Image
 sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import stage  # noqa: E402
 from flops import make_inputs  # noqa: E402
-from wsss import data  # noqa: E402
+from plumbing import folders, images as image_files, samples as sampling  # noqa: E402
 
 RECIPES = {"(a), (c)": dict(randaugment=True, erase=0.25), "(b)": {}}
 SCRIPTS = {"(a), (c)": "train_match.py", "(b)": "train_prompt.py"}
@@ -46,28 +46,28 @@ def picture_folder(root, count, width, height):
     for n in range(count):
         photograph(rng, width, height).save(root / f"JPEGImages/{n:04d}.jpg", quality=92)
     (root / "labels.txt").write_text("\n".join(f"{n:04d} {n % 20}" for n in range(count)))
-    return data.Folder(root)
+    return folders.Folder(root)
 
 
 def loader_rate(folder, recipe, workers, pictures, device, whole=False, batch=16):
     """Pictures a second of an epoch of `pictures` crops, at least four batches a worker, of workers that have started before."""
     ids, pictures = folder.ids("train"), max(pictures, 4 * batch * workers)
-    samples = data.Samples(folder, (ids * math.ceil(pictures / len(ids)))[:pictures], data.train_transform(224, **recipe))
-    env, decode = SimpleNamespace(device=torch.device(device), shard=list), data.decode
+    samples = sampling.Samples(folder, (ids * math.ceil(pictures / len(ids)))[:pictures], sampling.train_transform(224, **recipe))
+    env, decode = SimpleNamespace(device=torch.device(device), shard=list), image_files.decode
     if whole:
-        data.decode = lambda file, least=None: decode(file)
-    loader, batches = data.loader(samples, batch, env, workers)
+        image_files.decode = lambda file, least=None: decode(file)
+    loader, batches = sampling.loader(samples, batch, env, workers)
     for _ in loader:                                        # starts the workers, and leaves no batch of theirs on the way
         pass
     batches.start(1)
     start = time.perf_counter()
     seen = sum(len(images) for images, *_ in loader)
-    data.decode = decode
+    image_files.decode = decode
     return seen / (time.perf_counter() - start)
 
 
 class Ready:
-    """In place of data.loader and its Batches: one batch again and again, on its device, so that a step waits for nothing but itself."""
+    """In place of sampling.loader and its Batches: one batch again and again, on its device, so that a step waits for nothing but itself."""
 
     def __init__(self, pictures, pairs, classes=20, crop=224, steps=3, warm=1):
         self.pictures, self.steps, self.warm, self.batch_size, self.crop = pictures, steps, warm, pictures, crop
@@ -98,10 +98,10 @@ class Ready:
 
     def run(self, script, *flags):
         """-> seconds a step of a stage"""
-        loader, data.loader = data.loader, self.loader
+        loader, sampling.loader = sampling.loader, self.loader
         with contextlib.redirect_stdout(sys.stderr):
             stage(script, *flags, "--batch-size", self.pictures, "--epochs", 1, "--crop", self.crop, "--limit", self.pictures, "--workers", 0)
-        data.loader = loader
+        sampling.loader = loader
         return self.seconds / self.steps
 
 

@@ -23,7 +23,8 @@ import torch
 
 sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import recipe, stage, write  # noqa: E402
-from wsss import clip_model, common, generator  # noqa: E402
+from plumbing import checkpoints, processes  # noqa: E402
+from wsss import clip_model, generator  # noqa: E402
 
 BOUNDS = {  # what the README states, over 50 steps; a run that exceeds them ends with 1
     "bf16": {"loss": 0.25, "mean": 0.05, "weights": 0.15},
@@ -57,7 +58,7 @@ def compare(plain, half, name, start):
 
 def sharpened():
     """The weights of a fresh small DeiT whose maps are not flat: its attention and its head enlarged."""
-    common.seed_all(0)
+    processes.seed_all(0)
     state = generator.build_generator("deit_tiny", 8).state_dict()
     for name, value in state.items():
         value *= 30 if name.endswith(("qkv.weight", "head.weight")) else 1
@@ -94,7 +95,7 @@ def measure(root, args):
         else:
             S.mkdir()
             classes = torch.load(root / "cnn_toy/cls.pt", weights_only=True)["classes"]
-            common.save(S / "cls.pt", stage="cls", classes=classes, args={"pool": "max"}, model=sharpened())
+            checkpoints.save(S / "cls.pt", stage="cls", classes=classes, args={"pool": "max"}, model=sharpened())
         for name in STAGES:
             made = {amp: run(name, world, S, root / f"{kind}_{name}_{amp}", flags, args, amp) for amp in ("off", "bf16", "fp16")}
             start = weights(S / {"match": "cls.pt", "refine": "match.pt"}[name]) if name != "prompts" else first_prompts(made["off"], world, args)
@@ -106,7 +107,7 @@ def measure(root, args):
 def first_prompts(out, world, args):
     """The prompts as train_prompt.py draws them before the first step."""
     found = torch.load(out / "prompts.pt", map_location="cpu", weights_only=True)
-    common.seed_all(found["args"]["seed"])
+    processes.seed_all(found["args"]["seed"])
     return {"vectors": clip_model.BackgroundPrompts(clip_model.load_clip(world / "clip.pt"), len(found["classes"]), found["args"]["prompt_length"]).vectors.detach().double()}
 
 

@@ -37,7 +37,7 @@ from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))                            # before bench/, whose eval.py is not the stage
-from wsss import common, data  # noqa: E402
+from plumbing import checkpoints, folders, foreign, guard, masks  # noqa: E402
 
 fork = multiprocessing.get_context("fork")                                # ranks of one parent that has imported everything: no start costs 4 seconds
 
@@ -98,14 +98,14 @@ def make_pictures(root, count):
 def make_world(root):
     """Six pictures of the toy world and two lists of two: one of them of two sizes, two without a class, which `bare` holds."""
     make_pictures(root, 6)
-    ids = data.Folder(root).ids("train")
+    ids = folders.Folder(root).ids("train")
     for place, suffix in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         path = root / place / f"{ids[1]}.{suffix}"
         Image.open(path).crop((0, 0, 80, 64)).save(path)
     lines = (root / "labels.txt").read_text().splitlines()
     for n in (2, 5):
         lines[n] = lines[n].split()[0]
-        data.save_mask(root / "SegmentationClass" / f"{ids[n]}.png", 0 * data.load_mask(root / "SegmentationClass" / f"{ids[n]}.png"))
+        masks.save_mask(root / "SegmentationClass" / f"{ids[n]}.png", 0 * masks.load_mask(root / "SegmentationClass" / f"{ids[n]}.png"))
     (root / "labels.txt").write_text("\n".join(lines) + "\n")
     for split, some in (("few", ids[:2]), ("bare", [ids[2], ids[5]])):
         (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(some) + "\n")
@@ -121,7 +121,7 @@ def rank(number, processes, port, log, jobs):
     for script, *flags in jobs:
         sys.argv = [script, *flags]
         print(f"== {processes} processes: {shlex.join(sys.argv)}", flush=True)
-        common.run(importlib.import_module(script.removesuffix(".py")).main)
+        guard.run(importlib.import_module(script.removesuffix(".py")).main)
 
 
 def alone(function, *args):
@@ -185,7 +185,7 @@ def read(path):
     if path.suffix == ".pt":
         return np.array(numbers(torch.load(path, weights_only=True)))
     if path.suffix == ".npy":
-        table = data.read_pickled(path)                                    # --format irn
+        table = foreign.read_pickled(path)                                    # --format irn
         return (np.load(path) if table is None else np.asarray(table["high_res"])).astype(float)
     if path.suffix == ".npz":
         return np.concatenate([part.ravel().astype(float) for part in np.load(path).values()])
@@ -327,13 +327,13 @@ def usage():
 
 def watched(number, processes, port, log, jobs, path):
     """As `rank`; writes `usage` down whenever a state is saved."""
-    rows, save_state = [], common.save_state
+    rows, save_state = [], checkpoints.save_state
 
     def save_and_look(*args):
         save_state(*args)
         rows.append(usage())
 
-    common.save_state = save_and_look
+    checkpoints.save_state = save_and_look
     rank(number, processes, port, log, jobs)
     if number == 0:
         path.write_text(json.dumps(rows))

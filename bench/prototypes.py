@@ -30,7 +30,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import ROOT, interval, recipe, run_jobs, stage, write  # noqa: E402
 from maps import alternate  # noqa: E402
 import make_toy  # noqa: E402
-from wsss import common, losses  # noqa: E402
+from plumbing import checkpoints  # noqa: E402
+from wsss import losses  # noqa: E402
 
 SEEDS = ["--no-label-mask", "--no-background-pixels"]
 ROWS = {"literal": [], "all classes": ["--no-label-mask"], "seeds": SEEDS, "value seeds": [*SEEDS, "--features", "value"]}
@@ -46,7 +47,7 @@ class World:
         self.flags, self.root = recipe(), args.out / f"cell_{number}"
         self.data, self.clip = self.root / "data", self.root / "clip.pt"
         stage("make_toy.py", "--out", self.data, "--seed", self.draw, *self.flags["PICTURES"])
-        common.save(self.clip, **make_toy.unpack(torch.load(packed, weights_only=True)))
+        checkpoints.save(self.clip, **make_toy.unpack(torch.load(packed, weights_only=True)))
         self.tau = 1 / torch.load(self.clip, weights_only=True)["logit_scale"].exp().item()
 
     def shared(self, out, split="train"):

@@ -30,7 +30,8 @@ sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import stage  # noqa: E402
 from flops import make_inputs  # noqa: E402
 from input import Ready, photograph  # noqa: E402
-from wsss import clip_model, common, data, generator, losses  # noqa: E402
+from plumbing import checkpoints, masks as mask_files  # noqa: E402
+from wsss import clip_model, generator, losses  # noqa: E402
 
 # pictures, labels a picture, classes; SemPLeS's and VPL's epochs, batches, views and steps are the defaults of the stages
 PLANS = {"VOC": (10_582, 1.5, 20), "COCO": (82_081, 2.9, 80), "a million, as COCO": (1_000_000, 2.9, 80)}
@@ -78,7 +79,7 @@ class Bench:
         make_inputs(root, 1, 1)
         for classes in (20, 80):
             self.folder(root / f"{classes}", classes)
-            common.save(root / f"generator_{classes}.pt", model=generator.build_generator("deit_small", classes).state_dict())
+            checkpoints.save(root / f"generator_{classes}.pt", model=generator.build_generator("deit_small", classes).state_dict())
         clip = CLIP(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16, context_length=77, vocab_size=49408,
                     transformer_width=512, transformer_heads=8, transformer_layers=12)
         torch.save(clip.half().state_dict(), root / "clip16.pt")
@@ -89,7 +90,7 @@ class Bench:
         rng, lines = np.random.default_rng(0), []
         for n in range(self.args.images):
             photograph(rng, 500, 375).save(root / f"JPEGImages/{n:04d}.jpg", quality=92)
-            data.save_mask(root / f"SegmentationClass/{n:04d}.png", np.arange(375 * 500).reshape(375, 500) // 40_000)
+            mask_files.save_mask(root / f"SegmentationClass/{n:04d}.png", np.arange(375 * 500).reshape(375, 500) // 40_000)
             lines.append(f"{n:04d} {n % classes} {(n + 1) % classes}")
         (root / "labels.txt").write_text("\n".join(lines))
         (root / "classes.txt").write_text("\n".join(f"class {n}" for n in range(classes)))

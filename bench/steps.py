@@ -42,17 +42,18 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.append(str(Path(__file__).resolve().parent))
 from ablation import write  # noqa: E402
 import train_prompt  # noqa: E402
-from wsss import clip_model, common, data, generator, losses  # noqa: E402
+from plumbing import folders, processes  # noqa: E402
+from wsss import clip_model, generator, losses, texts as names  # noqa: E402
 
 LAMBDA_B, LAMBDA_T, LAMBDA, EPS, EPS_PROMPT = 2.4, 0.02, 0.05, 0.1, 1e-4              # VOC
-TEXTS = data.class_texts(data.VOC_CLASSES)
+TEXTS = names.class_texts(folders.VOC_CLASSES)
 VIEWS, EPOCHS, PICTURES = 8, 60, 10582
 STEPS = {"a": ["match"], "b": ["prompt", "stored"], "c": ["refine"]}                  # `plain` has no stored features: its step of (b) is `prompt`
 
 
 def optimizers(last, prompts):
     """What steps after which loss, as in the stages."""
-    last, prompts = (common.adamw([{"params": weights}], argparse.Namespace(lr=lr, weight_decay=0.03)) for weights, lr in ((last, 6.4e-5), (prompts, 0.025)))
+    last, prompts = (processes.adamw([{"params": weights}], argparse.Namespace(lr=lr, weight_decay=0.03)) for weights, lr in ((last, 6.4e-5), (prompts, 0.025)))
     return {"match": last, "refine": last, "prompt": prompts, "stored": prompts}
 
 
@@ -74,7 +75,7 @@ class Here:
             maps = F.interpolate(self.S(images)[0][b, k][:, None], self.clip.size, mode="bilinear")[:, 0]
             regions = losses.split_regions(self.clip.normalize(images)[b], losses.mask_from_map(maps, EPS))
             v_f, v_b = self.clip.encode_normalized(torch.cat(regions)).chunk(2)
-        return common.mean(losses.match_loss(v_f, v_b, self.class_text[k], LAMBDA_B)) + refine * common.mean(losses.refine_loss(v_f, self.fixed[k]))
+        return processes.mean(losses.match_loss(v_f, v_b, self.class_text[k], LAMBDA_B)) + refine * processes.mean(losses.refine_loss(v_f, self.fixed[k]))
 
     def refine(self, images, labels):
         return self.match(images, labels, LAMBDA)
@@ -97,7 +98,7 @@ class Here:
         k, present, at = (x.to(v_b.device, non_blocking=True) for x in (k, present, at))
         with self.autocast():
             u_b = self.prompts(present)[at]
-        return common.mean(losses.prompt_loss(u_b, v_b, self.class_text[k], LAMBDA_T))
+        return processes.mean(losses.prompt_loss(u_b, v_b, self.class_text[k], LAMBDA_T))
 
 
 class Plain:
@@ -273,12 +274,12 @@ def parse():
 def main():
     args = parse()
     device = torch.device(args.device)
-    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")                   # as common.Env does for a CPU
+    os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")                   # as processes.Env does for a CPU
     images, labels = batch(args.pictures, args.pairs, len(TEXTS), 224)
     images = images.to(device)
 
     def prepare(side):
-        return SIDES[side](*networks(device), TEXTS, lambda: torch.autocast(device.type, common.AMP[args.amp], enabled=args.amp != "off"))
+        return SIDES[side](*networks(device), TEXTS, lambda: torch.autocast(device.type, processes.AMP[args.amp], enabled=args.amp != "off"))
 
     if args.peak_of:
         return two_steps(args, images, labels, prepare)

@@ -20,7 +20,8 @@ from PIL import Image, ImageDraw, ImageFont
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 import make_toy
 from make_toy import CLASSES, GROUNDS, OWN
-from wsss import clip_model, data, gradcam
+from plumbing import images as image_files, masks
+from wsss import clip_model, gradcam
 
 THRESHOLD = .4                         # of the min-max map, fixed before measuring; recipes were compared on draw 5, which is not quoted
 
@@ -95,7 +96,7 @@ def map_scores(model, draw, count, resolution, thresholds=(.3, .4, .5, .6)):
     pictures, frozen, columns = scenes(draw, count), clip_model.FrozenClip(model), texts(model, CLASSES + GROUNDS)
     cams = []
     for s in pictures:
-        seen = gradcam.last_inputs(frozen, data.to_float(s.image)[None], size=(resolution, resolution))
+        seen = gradcam.last_inputs(frozen, image_files.to_float(s.image)[None], size=(resolution, resolution))
         k = torch.tensor(s.labels)
         cams.append(gradcam.class_maps(frozen, *seen, columns, len(CLASSES), 0 * k, k, model.logit_scale.exp()))
     matrix = {t: np.zeros((len(CLASSES) + 1,) * 2, np.int64) for t in thresholds}
@@ -120,7 +121,7 @@ def map_scores(model, draw, count, resolution, thresholds=(.3, .4, .5, .6)):
 
 def sheet(path, draw=0, across=4, zoom=2, size=96):
     """A row per class: its background alone, then pictures beside their masks; the neutral backgrounds below."""
-    colours = data.palette()
+    colours = masks.palette()
     colours[255] = 255
     label = size + 10
     width = label + (1 + 2 * across) * (size + 4)

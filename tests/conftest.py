@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)               # a shell's background job ignores Ctrl-C, and so would all that is started here
-os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")        # as common.Env does for a CPU
+os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")        # as ranks.Env does for a CPU
 
-from wsss import common, data  # noqa: E402
+from plumbing import guard, masks  # noqa: E402
 
 CLASSES = ["train", "boat", "cow"]
 LABELS = {"a_1": [0], "a_2": [1, 2], "a_3": [], "a_4": [0, 2], "a_5": [1]}
@@ -38,7 +38,7 @@ def make_folder(root, labels=LABELS, size=(30, 40), seed=0, classes=CLASSES):
         for i, k in enumerate(present):
             mask[4:h - 4, 3 + 18 * i:16 + 18 * i] = 255
             mask[5:h - 5, 4 + 18 * i:15 + 18 * i] = k + 1
-        data.save_mask(root / "SegmentationClass" / f"{id}.png", mask)
+        masks.save_mask(root / "SegmentationClass" / f"{id}.png", mask)
     (root / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     (root / "labels.txt").write_text("".join(" ".join([id, *(classes[k].replace(" ", "_") for k in present)]) + "\n" for id, present in labels.items()))
     (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(labels))              # no last newline, as one published copy
@@ -87,7 +87,7 @@ def call(script, *flags):
     code = 0
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            common.run(module.main)
+            guard.run(module.main)
     except SystemExit as leaving:
         code = leaving.code or 0
     finally:

@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES, call, make_folder, refused, rows, run_together, same, weights
 
-from wsss import clip_model, common, data, generator
+from plumbing import checkpoints, flags as flag_types, folders, maps, processes, samples as sampling
+from wsss import clip_model, generator
 
 TAU = 0.16                                                                     # of CBS: some of the texts' cosines are above it, some below
 SHARED = ["--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0"]
@@ -94,9 +95,9 @@ def test_sgd_falls_by_poly_and_starts_at_its_rates(world):
 # ---------------------------------------------------------------- the losses in a step
 
 def first_batch(world):
-    folder = data.Folder(world / "data")
-    samples = data.Samples(folder, folder.ids("train"), data.train_transform(24, randaugment=True, erase=0.25))
-    batches = data.Batches(5, 2, common.Env(common.parser("").parse_args(["--data", "x", "--out", str(world / "out"), "--device", "cpu"])))
+    folder = folders.Folder(world / "data")
+    samples = sampling.Samples(folder, folder.ids("train"), sampling.train_transform(24, randaugment=True, erase=0.25))
+    batches = sampling.Batches(5, 2, processes.Env(flag_types.parser("").parse_args(["--data", "x", "--out", str(world / "out"), "--device", "cpu"])))
     return [samples[key] for key in next(iter(batches))]
 
 
@@ -107,7 +108,7 @@ def test_first_logged_loss_equals_a_scalar_loop(world, stage, start):
     manual = clip.encode_text([f"a photo of {name}." for name in
                                ("tree", "river", "sea", "lake", "water", "railway", "railroad", "track", "stone", "rocks")])
     prompts = clip_model.BackgroundPrompts(clip, 3, 30)
-    common.load_weights(prompts, weights(world / "out/prompts.pt"), "")
+    checkpoints.load_weights(prompts, weights(world / "out/prompts.pt"), "")
     clamp = lambda c: min(max(c.item(), 1e-4), 1 - 1e-4)
     log, otm, btm, cbs, reg, refine, counted, pairs = math.log, 0, 0, 0, 0, 0, 0, 0
     with torch.no_grad():
@@ -160,12 +161,12 @@ def test_maps_are_relu_summed_over_views(world, tmp_path):
     torch.save(content, tmp_path / "refine.pt")
     done = call("make_cam.py", "--data", world / "data", "--out", tmp_path, *SHARED, "--source", "refine", "--scales", "1.0", "--sheets", "0")
     assert done.returncode == 0, done.stderr
-    S, image = generator.load_generator(tmp_path / "refine.pt").eval(), data.Folder(world / "data").image("a_2")
+    S, image = generator.load_generator(tmp_path / "refine.pt").eval(), folders.Folder(world / "data").image("a_2")
     with torch.no_grad():
         total = sum(F.interpolate(z.relu(), image.shape[1:], mode="bilinear") for z in
                     (S.class_logits(image[None]), S.class_logits(image.flip(2)[None]).flip(3)))[0, 1:]
     want = torch.stack([(m - m.min()) / (m.max() - m.min() + 1e-8) for m in total])
-    classes, cam = data.load_cam(tmp_path / "cam/a_2.npy", [0, 1, 1])
+    classes, cam = maps.load_cam(tmp_path / "cam/a_2.npy", [0, 1, 1])
     assert classes.tolist() == [1, 2] and total.amax((1, 2)).min() > 0 and (torch.from_numpy(cam) - want).abs().max() < 5e-3
 
 
@@ -188,7 +189,7 @@ def test_backgrounds_of_a_file(world, tmp_path):
 @pytest.mark.parametrize("script,stage", [("train_cls.py", "cls"), ("train_match.py", "match"), ("train_refine.py", "refine")])
 def test_sgd_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, script, stage, monkeypatch):
     out = copy_inputs(world, tmp_path / "out", *{"cls": [], "match": ["cls"], "refine": ["match", "prompts"]}[stage])
-    saves, save_state = [], common.save_state
+    saves, save_state = [], checkpoints.save_state
 
     def killed(*args):
         save_state(*args)
@@ -196,9 +197,9 @@ def test_sgd_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, sc
         if len(saves) == 3:                                                      # inside the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "save_state", killed)
+    monkeypatch.setattr(checkpoints, "save_state", killed)
     assert call(script, *flags(script, world, out, "--save-every", "1")).returncode == 130 and not (out / f"{stage}.pt").exists()
-    monkeypatch.setattr(common, "save_state", save_state)
+    monkeypatch.setattr(checkpoints, "save_state", save_state)
     done = call(script, *flags(script, world, out, "--save-every", "1"))
     assert done.returncode == 0, done.stderr
     assert same(weights(out / f"{stage}.pt"), weights(world / f"out/{stage}.pt"))
@@ -237,4 +238,4 @@ def test_resnet50_through_match_refine_and_maps(world, tmp_path):
             "backbone.conv1.weight", "backbone.bn1.weight", "backbone.bn1.bias"}
     done = call("make_cam.py", "--data", world / "data", "--out", out, *SHARED, "--source", "refine", "--limit", "2", "--sheets", "0")
     assert done.returncode == 0, done.stderr
-    assert data.load_cam(out / "cam/a_2.npy", [0, 1, 1])[1].shape == (2, 34, 40)
+    assert maps.load_cam(out / "cam/a_2.npy", [0, 1, 1])[1].shape == (2, 34, 40)

@@ -7,7 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from wsss import crf, toy
+from toy import drawings as toy
+from wsss import crf
 
 
 @pytest.fixture(params=["torch", "pydensecrf"])

@@ -8,7 +8,8 @@ import torch
 from conftest import CLASSES, LABELS, call, make_folder, refused, run
 from PIL import Image
 
-from wsss import common, crf, data, segmenter
+from plumbing import checkpoints, folders, images as image_files, maps, masks
+from wsss import crf, segmenter
 
 
 def perfect_maps(folder, out, noise=0.0):
@@ -18,7 +19,7 @@ def perfect_maps(folder, out, noise=0.0):
     for id, present in LABELS.items():
         truth = folder.truth(id)
         cam = np.stack([truth == k + 1 for k in present]).astype(float) if present else np.zeros((0, *truth.shape))
-        data.save_cam(out / "cam" / f"{id}.npy", (cam + noise * rng.random(cam.shape)) / (1 + noise))
+        maps.save_cam(out / "cam" / f"{id}.npy", (cam + noise * rng.random(cam.shape)) / (1 + noise))
 
 
 def scores(out, what="cam", split="train"):
@@ -37,12 +38,12 @@ def loop(folder, ids, predict):
 
 
 def test_maps_by_the_fixed_threshold(voc, tmp_path):
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     perfect_maps(folder, out, noise=1.0)
     done = call("eval.py", "--data", voc, "--out", out, "--split", "train", "--what", "cam", "--threshold", "0.3")
 
     def predict(id):
-        classes, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
+        classes, cam = maps.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
         guess = np.zeros(folder.truth(id).shape, int)
         for y, x in np.ndindex(*guess.shape):
             column = [0.3, *cam[:, y, x]]
@@ -61,18 +62,18 @@ def test_maps_by_the_fixed_threshold(voc, tmp_path):
 
 
 def test_small_maps_are_resized_to_the_truth(voc, tmp_path):
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     perfect_maps(folder, out)
     for id in LABELS:
-        classes, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
-        data.save_cam(out / "cam" / f"{id}.npy", cam[:, ::2, ::2])
+        classes, cam = maps.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
+        maps.save_cam(out / "cam" / f"{id}.npy", cam[:, ::2, ::2])
     call("eval.py", "--data", voc, "--out", out, "--split", "val", "--what", "cam", "--threshold", "0.5")
     found = scores(out, split="val")
     assert 0.6 < found["miou"] < 1 and found["protocol"]["pictures"] == 2
 
 
 def test_oracle_is_one_pass_and_stamped(voc, tmp_path):
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     perfect_maps(folder, out, noise=1.0)
     flags = ("--data", voc, "--out", out, "--split", "train", "--what", "cam")
     call("eval.py", *flags, "--threshold", "0.3", "--oracle")
@@ -88,24 +89,24 @@ def test_oracle_is_one_pass_and_stamped(voc, tmp_path):
 
 
 def test_power_rule_is_the_argmax_with_its_background(voc, tmp_path):
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     perfect_maps(folder, out, noise=1.0)
     call("eval.py", "--data", voc, "--out", out, "--split", "train", "--what", "cam", "--background", "power", "--alpha", "2")
 
     def predict(id):
-        classes, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
-        return np.array([0, *(classes + 1)])[data.add_background(torch.from_numpy(cam), "power", 2.).argmax(0).numpy()]
+        classes, cam = maps.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
+        return np.array([0, *(classes + 1)])[maps.add_background(torch.from_numpy(cam), "power", 2.).argmax(0).numpy()]
 
     assert list(scores(out)["iou"].values()) == pytest.approx(loop(folder, folder.ids("train"), predict).tolist())
 
 
 def test_masks_and_the_misses(voc, tmp_path):
-    folder, pred = data.Folder(voc), tmp_path / "pred"
+    folder, pred = folders.Folder(voc), tmp_path / "pred"
     pred.mkdir()
     for id in LABELS:
         guess = folder.truth(id).copy()
         guess[guess == 2] = 255                                                # boats are never predicted
-        data.save_mask(pred / f"{id}.png", guess)
+        masks.save_mask(pred / f"{id}.png", guess)
     call("eval.py", "--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "masks", "--pred", pred)
     found = scores(tmp_path / "out", "masks")
     assert found["iou"] == {"background": 1, "train": 1, "boat": 0, "cow": 1} and found["miou"] == 0.75
@@ -122,14 +123,14 @@ def test_a_large_photograph_is_decoded_small(tmp_path):
     y, x = np.mgrid[:605, :803] / 803
     Image.fromarray(np.uint8(127.5 + 127 * np.stack([np.sin(9 * x + 5 * y), np.sin(14 * y), np.cos(11 * x)], -1))).save(tmp_path / "photo.jpg")
     small, whole = (script.Photos(tmp_path, side).image("photo") for side in (100, 0))
-    assert data.load_image(tmp_path / "photo.jpg", (200, 200)).size == (402, 303) and whole.shape == (3, 605, 803)
+    assert image_files.load_image(tmp_path / "photo.jpg", (200, 200)).size == (402, 303) and whole.shape == (3, 605, 803)
     assert small.shape == (3, 75, 100) and (small - torch.nn.functional.interpolate(whole[None], (75, 100), mode="area")[0]).abs().mean() < 0.01
 
 
 def test_pseudo_masks_are_read_from_out(voc, tmp_path):
     (tmp_path / "out/pseudo").mkdir(parents=True)
     for id in LABELS:
-        data.save_mask(tmp_path / "out/pseudo" / f"{id}.png", data.Folder(voc).truth(id))
+        masks.save_mask(tmp_path / "out/pseudo" / f"{id}.png", folders.Folder(voc).truth(id))
     (tmp_path / "out/pseudo.json").write_text('{"crf": "weaktr"}')
     call("eval.py", "--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "pseudo")
     found = scores(tmp_path / "out", "pseudo")
@@ -137,7 +138,7 @@ def test_pseudo_masks_are_read_from_out(voc, tmp_path):
 
 
 def test_two_processes_score_as_one(voc, tmp_path):
-    perfect_maps(data.Folder(voc), tmp_path / "out", noise=1.0)
+    perfect_maps(folders.Folder(voc), tmp_path / "out", noise=1.0)
     flags = ("--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "cam", "--oracle", "--device", "cpu")
     call("eval.py", *flags)
     one = scores(tmp_path / "out")
@@ -149,20 +150,20 @@ def test_two_processes_score_as_one(voc, tmp_path):
     (lambda v, o: None, ["--split", "none"], ["none.txt is missing", "train, val"]),
     (lambda v, o: (o / "cam/a_2.npy").unlink(), [], ["a_2.npy is missing", "make_cam.py"]),
     (lambda v, o: np.save(o / "cam/a_2.npy", np.array([{}])), [], ["a_2.npy is not a plain .npy"]),
-    (lambda v, o: data.save_cam(o / "cam/a_2.npy", np.zeros((1, 3, 3))), [], ["a_2.npy has 1 maps", "2 classes"]),
+    (lambda v, o: maps.save_cam(o / "cam/a_2.npy", np.zeros((1, 3, 3))), [], ["a_2.npy has 1 maps", "2 classes"]),
     (lambda v, o: np.save(o / "cam/a_2.npy", np.full((2, 3, 3), np.nan, np.float16)), [], ["a_2.npy holds NaN"]),
     (lambda v, o: (v / "SegmentationClass/a_2.png").unlink(), [], ["a_2.png is missing", "scoring needs true masks"]),
-    (lambda v, o: data.save_mask(v / "SegmentationClass/a_2.png", np.full((34, 40), 9)), [], ["a_2.png holds label 9"]),
+    (lambda v, o: masks.save_mask(v / "SegmentationClass/a_2.png", np.full((34, 40), 9)), [], ["a_2.png holds label 9"]),
     (lambda v, o: (v / "labels.txt").write_text("a_1 zebra\n"), [], ["'zebra' is not in classes.txt"]),
     (lambda v, o: (v / "ImageSets/Segmentation/train.txt").write_text("../a_1"), [], ["is no picture id"]),
     (lambda v, o: (v / "ImageSets/Segmentation/train.txt").write_text(""), [], ["train.txt is empty"]),
     (lambda v, o: None, ["--split", "../x"], ["--split", "'../x' is no picture id"]),
     (lambda v, o: (o / "cam.json").write_text("{"), [], ["cam.json is not JSON"]),
     (lambda v, o: (o / "cam.json").write_text('{"classes": ["boat", "train", "cow"]}'), [], ["cam.json", "other classes"]),
-    (lambda v, o: [data.save_mask(p, np.full((30 + 4 * (int(p.stem[2:]) % 2 == 0), 40), 255)) for p in (v / "SegmentationClass").iterdir()], [], ["no scored pixel"]),
+    (lambda v, o: [masks.save_mask(p, np.full((30 + 4 * (int(p.stem[2:]) % 2 == 0), 40), 255)) for p in (v / "SegmentationClass").iterdir()], [], ["no scored pixel"]),
 ])
 def test_bad_input_is_one_line(voc, tmp_path, spoil, flags, words):
-    perfect_maps(data.Folder(voc), tmp_path / "out")
+    perfect_maps(folders.Folder(voc), tmp_path / "out")
     spoil(voc, tmp_path / "out")
     refused(call("eval.py", "--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "cam", *flags), *words)
     assert not list((tmp_path / "out").glob("eval*"))
@@ -171,12 +172,12 @@ def test_bad_input_is_one_line(voc, tmp_path, spoil, flags, words):
 def test_bad_masks_are_one_line(voc, tmp_path):
     pred, flags = tmp_path / "pred", ["--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "masks", "--pred", tmp_path / "pred"]
     pred.mkdir()
-    data.save_mask(pred / "a_1.png", np.zeros((30, 40)))
+    masks.save_mask(pred / "a_1.png", np.zeros((30, 40)))
     refused(call("eval.py", *flags), "a_2.png is missing, and 3 more of 5")
     for id in LABELS:
-        data.save_mask(pred / f"{id}.png", np.zeros((7, 8)))
+        masks.save_mask(pred / f"{id}.png", np.zeros((7, 8)))
     refused(call("eval.py", *flags), "a_1.png is 8x7, the truth 40x30")
-    data.save_mask(pred / "a_1.png", np.full((30, 40), 90))
+    masks.save_mask(pred / "a_1.png", np.full((30, 40), 90))
     refused(call("eval.py", *flags), "a_1.png holds label 90", "90-id COCO")
     (tmp_path / "file").write_text("")
     refused(call("eval.py", *flags[:3], tmp_path / "file", *flags[4:]), "file: File exists")
@@ -193,13 +194,13 @@ def put_network(out, classes=CLASSES, sharp=30.0):
     for branch in model.aspp:
         branch.weight.data *= sharp
     out.mkdir(exist_ok=True)
-    common.save(out / "seg.pt", model=model.state_dict(), stage="seg", classes=list(classes), args={"model": "deeplab_toy", "init": "none", "label_dir": "x"})
+    checkpoints.save(out / "seg.pt", model=model.state_dict(), stage="seg", classes=list(classes), args={"model": "deeplab_toy", "init": "none", "label_dir": "x"})
     return model.eval()
 
 
 def test_network_is_scored_on_its_mean_probability(voc, tmp_path):
     """Two scales and flips, written out; --save keeps palette predictions, and a second call takes them."""
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     model = put_network(out)
     flags = ("--data", voc, "--out", out, "--split", "train", "--what", "seg", "--scales", "1", "0.75", "--no-crf", "--device", "cpu", "--amp", "off", "--workers", "0")
     done = call("eval.py", *flags, "--save", "--batch-size", "2")
@@ -218,12 +219,12 @@ def test_network_is_scored_on_its_mean_probability(voc, tmp_path):
         return total[0].argmax(0).numpy()
 
     found = scores(out, "seg")
-    saved = {path.stem: data.load_mask(path) for path in (out / "pred/train").glob("*.png")}
+    saved = {path.stem: masks.load_mask(path) for path in (out / "pred/train").glob("*.png")}
     assert len(saved) == 5 and all(np.array_equal(saved[id], predict(id)) for id in LABELS) and len(np.unique(np.concatenate([m.ravel() for m in saved.values()]))) > 2
     assert list(found["iou"].values()) == pytest.approx(loop(folder, folder.ids("train"), predict).tolist())
     assert found["protocol"]["scales"] == [1, 0.75] and found["protocol"]["flip"] and found["protocol"]["crf"] is None and found["protocol"]["made_by"]["model"] == "deeplab_toy"
     kept = (out / "pred/train/a_1.png").stat().st_mtime_ns
-    data.save_mask(out / "pred/train/a_2.png", folder.truth("a_2"))
+    masks.save_mask(out / "pred/train/a_2.png", folder.truth("a_2"))
     call("eval.py", *flags, "--save")
     assert (out / "pred/train/a_1.png").stat().st_mtime_ns == kept and scores(out, "seg")["miou"] != found["miou"]
     refused(call("eval.py", *flags, "--save", "--no-flip"), "pred/train was made with --flip True (now False)")
@@ -232,7 +233,7 @@ def test_network_is_scored_on_its_mean_probability(voc, tmp_path):
 
 
 def test_network_with_crf_in_any_number_of_processes(voc, tmp_path):
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     model = put_network(out)
     flags = ("--data", voc, "--out", out, "--split", "train", "--what", "seg", "--scales", "1", "--no-flip", "--device", "cpu", "--amp", "off")
     call("eval.py", *flags, "--workers", "0")
@@ -241,7 +242,7 @@ def test_network_with_crf_in_any_number_of_processes(voc, tmp_path):
     for id in LABELS:
         with torch.no_grad():
             p = model(folder.image(id)[None]).softmax(1)[0]
-        want[id] = crf.dense_crf(np.array(data.load_image(folder.picture(id))), p, "deeplab").argmax(0)
+        want[id] = crf.dense_crf(np.array(image_files.load_image(folder.picture(id))), p, "deeplab").argmax(0)
     assert list(one["iou"].values()) == pytest.approx(loop(folder, folder.ids("train"), want.get).tolist()) and one["protocol"]["crf"] == "deeplab"
     run("eval.py", *flags, "--workers", "1", processes=2)
     assert scores(out, "seg") == one
@@ -273,12 +274,12 @@ def test_a_folder_of_photographs(voc, tmp_path):
     done = call("eval.py", *flags)
     assert done.returncode == 0 and "2 predictions in" in done.stdout and "foreground" in done.stdout, done.stderr
     assert sorted(path.name for path in (out / "pred/mine").iterdir()) == ["p0.jpg", "p0.png", "p1.jpg", "p1.png", "recipe.json"]
-    assert data.load_mask(out / "pred/mine/p1.png", 3).shape == (30, 50)
+    assert masks.load_mask(out / "pred/mine/p1.png", 3).shape == (30, 50)
     with Image.open(out / "pred/mine/p1.jpg") as overlay:
         assert overlay.size[0] == 50 and overlay.size[1] > 30                   # the legend is below
     done = call("eval.py", *flags, "--max-side", "20", "--no-resume")             # predicted small, written at the picture's size
-    assert done.returncode == 0 and data.load_mask(out / "pred/mine/p1.png", 3).shape == (30, 50)
-    mask = data.load_mask(out / "pred/mine/p1.png", 3).astype(int)
+    assert done.returncode == 0 and masks.load_mask(out / "pred/mine/p1.png", 3).shape == (30, 50)
+    mask = masks.load_mask(out / "pred/mine/p1.png", 3).astype(int)
     assert np.abs(np.diff(mask, axis=1)).any(0).sum() <= 19                     # of 20 columns
     refused(call("eval.py", *flags[:5], out / "pred/mine", *flags[6:]), "is where predictions are written")
     Image.new("RGB", (9, 9)).save(photos / "p1.png")
@@ -294,17 +295,17 @@ def test_the_server_archive(tmp_path, monkeypatch):
     voc, out = make_folder(tmp_path / "data", labels), tmp_path / "out"
     (voc / "classes.txt").unlink()                                              # VOC's twenty
     (voc / "ImageSets/Segmentation/test.txt").write_text("t_1\nt_2\nt_3\n")
-    put_network(out, data.VOC_CLASSES)
+    put_network(out, folders.VOC_CLASSES)
     flags = ("--data", voc, "--out", out, "--what", "seg", "--voc-test", "--scales", "1", "--no-crf", "--device", "cpu", "--amp", "off", "--workers", "0")
     done = call("eval.py", *flags)
     assert done.returncode == 0 and "comp6_test.tgz" in done.stdout, done.stderr
     with tarfile.open(out / "comp6_test.tgz") as tar:
         assert tar.getnames() == [f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png" for id in labels]
         with Image.open(tar.extractfile(tar.getnames()[1])) as image:
-            assert image.mode == "P" and image.size == (40, 34) and np.array_equal(np.array(image), data.load_mask(out / "pred/test/t_2.png"))
+            assert image.mode == "P" and image.size == (40, 34) and np.array_equal(np.array(image), masks.load_mask(out / "pred/test/t_2.png"))
     (out / "comp6_test.tgz").unlink()
     for wrong in (np.zeros((9, 9)), np.full((34, 40), 255)):
-        data.save_mask(out / "pred/test/t_2.png", wrong)
+        masks.save_mask(out / "pred/test/t_2.png", wrong)
         refused(call("eval.py", *flags), "t_2.png is no palette mask of 40x34 without 255")
     assert not (out / "comp6_test.tgz").exists()
     monkeypatch.setattr(script, "VOC_TEST", 1456)
@@ -314,7 +315,7 @@ def test_the_server_archive(tmp_path, monkeypatch):
 def test_a_prediction_of_another_size_than_the_truth_is_named(voc, tmp_path):
     """A transposed mask has as many pixels: it must not be scored."""
     put_network(tmp_path / "out")
-    data.save_mask(voc / "SegmentationClass/a_2.png", data.Folder(voc).truth("a_2").T)
+    masks.save_mask(voc / "SegmentationClass/a_2.png", folders.Folder(voc).truth("a_2").T)
     flags = ("--data", voc, "--out", tmp_path / "out", "--split", "train", "--what", "seg", "--device", "cpu", "--no-crf", "--workers", "0", "--scales", "1")
     refused(call("eval.py", *flags), "a_2.png is 34x40, the prediction 40x34")
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from conftest import LABELS, ROOT, call, make_folder, refused, run
 
-from wsss import common, data, gradcam
+from plumbing import checkpoints, files, flags as flag_types, guard, log as logs, maps as map_files, masks, processes
+from wsss import gradcam
 
 SHARED = ["--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0"]
 TRAIN = ["--generator", "cnn_toy", "--backbone", "none", "--crop", "24", "--batch-size", "2", "--epochs", "2", "--log-every", "1", "--save-every", "1"]
@@ -76,16 +77,16 @@ PAIR = """
     import os, signal, sys
     sys.path.insert(0, {root!r})
     import train_cls
-    from wsss import common
-    add, steps = common.Meter.add, []
+    from plumbing import checkpoints, files, flags as flag_types, guard, log as logs, masks, processes
+    add, steps = logs.Meter.add, []
     def strike(*args, **values):
         add(*args, **values)
         steps.append(1)
         if len(steps) == 3 and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
-    common.Meter.add = strike
+    logs.Meter.add = strike
     sys.argv += ["--backbone", "none"]                          # which torchrun would take for a flag of its own
-    common.run(train_cls.main)
+    guard.run(train_cls.main)
 """
 
 
@@ -127,7 +128,7 @@ def test_a_signal_is_heard_where_no_exception_passes(capsys):
         raise AssertionError("it went on")
 
     with pytest.raises(SystemExit) as leaving:
-        common.run(main)
+        guard.run(main)
     assert leaving.value.code == 143 and "Traceback" not in capsys.readouterr().err
 
 
@@ -135,8 +136,8 @@ def test_a_signal_is_heard_where_no_exception_passes(capsys):
 
 def hold(path, ready):
     """What a second run does, until it is killed."""
-    common.HELD.clear()
-    common.claim(path)
+    guard.HELD.clear()
+    guard.claim(path)
     ready.set()
     signal.pause()
 
@@ -172,8 +173,8 @@ def test_a_second_run_into_the_same_place_is_refused_and_touches_nothing(world, 
     with held(out / claimed) as pid:
         line = refused(call(*words), f"{out / claimed} is being written by process {pid} on {os.uname().nodename}", "another --out")
         assert "wait for it" in line and os.listdir(out) == [f".{claimed}.lock"]
-    common.claim(out / claimed)                                                 # of a dead process: taken over in silence
-    common.release()
+    guard.claim(out / claimed)                                                 # of a dead process: taken over in silence
+    guard.release()
     assert os.listdir(out) == []
 
 
@@ -182,7 +183,7 @@ def test_preparing_one_folder_twice_at_once_is_refused(tmp_path):
     (root / "classes.txt").unlink(), (root / "labels.txt").unlink()
     (tmp_path / "sbd/dataset/cls").mkdir(parents=True)
     for path in (root / "SegmentationClass").glob("*.png"):
-        data.save_mask(path, np.zeros((30, 40)))
+        masks.save_mask(path, np.zeros((30, 40)))
     with held(root / "SegmentationClassAug"):
         refused(call("prepare_data.py", "voc", "--voc", root, "--sbd", tmp_path / "sbd", "--allow-partial"), "SegmentationClassAug is being written by process")
     assert not (root / "SegmentationClassAug").exists()
@@ -198,9 +199,9 @@ def test_other_maps_are_made_beside(world, tmp_path):
 def test_a_file_system_without_locks_is_told_and_goes_on(tmp_path, monkeypatch, capsys):
     def no_locks(*_):
         raise OSError(37, "No locks available")
-    monkeypatch.setattr(common.fcntl, "lockf", no_locks)
-    common.claim(tmp_path / "cls.pt")
-    assert ".cls.pt.lock: No locks available" in capsys.readouterr().err and not common.HELD
+    monkeypatch.setattr(guard.fcntl, "lockf", no_locks)
+    guard.claim(tmp_path / "cls.pt")
+    assert ".cls.pt.lock: No locks available" in capsys.readouterr().err and not guard.HELD
 
 
 # ---------------------------------------------------------------- disks
@@ -220,17 +221,17 @@ def test_a_full_disk_names_the_file_and_keeps_the_others(world, tmp_path, monkey
     if script == "make_segments.py":
         pytest.importorskip("skimage")
     out = outputs(world, tmp_path / "out", *needs)
-    path, opened = out / name, common.open_folder
+    path, opened = out / name, checkpoints.open_folder
     path.parent.mkdir(exist_ok=True)
 
     def open_folder(*args, **facts):                                            # which sweeps what is left of killed runs
         if name.endswith("recipe.json"):
-            monkeypatch.setattr(common, "save_json", lambda *a, save=common.save_json: (full(path), save(*a)))
+            monkeypatch.setattr(files, "save_json", lambda *a, save=files.save_json: (full(path), save(*a)))
         opened(*args, **facts)
         if "/a_4" in name:
             full(path)
 
-    monkeypatch.setattr(common, "open_folder", open_folder)
+    monkeypatch.setattr(checkpoints, "open_folder", open_folder)
     if "/a_4" not in name and not name.endswith("recipe.json"):
         full(path)
     refused(call(script, *flags(world, script, out, *more)), f"{path}: No space left on device", "has room")
@@ -244,8 +245,8 @@ def test_a_full_disk_names_the_file_and_keeps_the_others(world, tmp_path, monkey
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")
 def test_a_full_disk_under_a_log_and_under_the_cache_is_named(tmp_path, monkeypatch):
-    args = common.parser("").parse_args(["--data", "x", "--out", str(tmp_path), "--device", "cpu", "--amp", "off"])
-    log = common.Log(tmp_path / "x.jsonl", args, common.Env(args))
+    args = flag_types.parser("").parse_args(["--data", "x", "--out", str(tmp_path), "--device", "cpu", "--amp", "off"])
+    log = logs.Log(tmp_path / "x.jsonl", args, processes.Env(args))
     (tmp_path / "x.jsonl").unlink(), (tmp_path / "x.jsonl").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device: '.*x.jsonl'"):
         log(1, loss=2.0)
@@ -257,7 +258,7 @@ def test_a_full_disk_under_a_log_and_under_the_cache_is_named(tmp_path, monkeypa
     assert sorted(os.listdir(tmp_path)) == ["a_1.pt", "x.jsonl"]
 
 
-@pytest.mark.parametrize("script,needs,where,after", [("train_cls.py", [], (common, "save_state"), 2), ("make_cam.py", ["cls.pt"], (data, "save_cam"), 2)])
+@pytest.mark.parametrize("script,needs,where,after", [("train_cls.py", [], (checkpoints, "save_state"), 2), ("make_cam.py", ["cls.pt"], (map_files, "save_cam"), 2)])
 def test_a_folder_that_vanishes_is_one_line(world, tmp_path, monkeypatch, script, needs, where, after):
     out, calls, save = outputs(world, tmp_path / "out", *needs), [], getattr(*where)
 
@@ -282,9 +283,9 @@ def test_parts_of_killed_runs_are_swept_and_those_in_use_are_not(world, tmp_path
     (out / "pseudo/.gone.png.part").write_bytes(b"half")
     assert call("make_pseudo.py", *flags(world, "make_pseudo.py", out)).returncode == 0
     assert not hidden(out) and len(list((out / "pseudo").glob("*.png"))) == len(LABELS)
-    args = common.parser("").parse_args(["--data", "x", "--out", str(out), "--device", "cpu", "--amp", "off"])
-    common.open_folder(out / "cache", args, common.Env(args), (), keep=True)
+    args = flag_types.parser("").parse_args(["--data", "x", "--out", str(out), "--device", "cpu", "--amp", "off"])
+    checkpoints.open_folder(out / "cache", args, processes.Env(args), (), keep=True)
     (out / "cache/.a_1.pt.1.part").write_bytes(b"being written"), (out / "cache/.a_2.pt.1.part").write_bytes(b"of yesterday")
     os.utime(out / "cache/.a_2.pt.1.part", (1e9, 1e9))
-    common.open_folder(out / "cache", args, common.Env(args), (), keep=True)
+    checkpoints.open_folder(out / "cache", args, processes.Env(args), (), keep=True)
     assert [path.name for path in hidden(out)] == [".a_1.pt.1.part"]

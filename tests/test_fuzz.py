@@ -10,7 +10,9 @@ import pytest
 import torch
 from conftest import ROOT
 
-from wsss import common, data, generator, mask2former
+from hosts import mask2former
+from plumbing import checkpoints, files, images, maps
+from wsss import generator
 
 sys.path.append(str(ROOT / "bench"))
 import fuzz  # noqa: E402
@@ -27,7 +29,7 @@ def test_hostile_files_are_refused_in_one_line(tmp_path):
 
 
 @pytest.mark.parametrize("reader,expected", [
-    (lambda path: True, "accepted"), (lambda path: False, "wrong error"), (lambda path: data.regular(path, 1), "refused"), (lambda path: {}["x"], "wrong error"),
+    (lambda path: True, "accepted"), (lambda path: False, "wrong error"), (lambda path: files.regular(path, 1), "refused"), (lambda path: {}["x"], "wrong error"),
     (lambda path: (path.parent.parent / "b").mkdir(), "escaped"), (lambda path: open(path.parent.parent / "outside/canary").read(), "escaped"),
     (lambda path: os.system("true"), "escaped"), (lambda path: mmap.mmap(-1, 1 << 28).write(bytes(1 << 28)) > 0, "memory")])       # numpy's might be memory that this process had before
 def test_the_judge_sees_what_it_should(tmp_path, monkeypatch, reader, expected):
@@ -75,8 +77,8 @@ def test_a_sound_checkpoint_is_read_as_torch_reads_it(tmp_path):
     content = {"model": {"a": whole, "b": whole, "c": whole[1:, ::2], "d": torch.tensor(3), "e": whole.bfloat16(), "f": torch.nn.Parameter(whole)}, "stage": "x", "args": {"lr": 0.1}, "n": (1, None, "x")}
     for new in (True, False):
         torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=new)
-        assert common.sound(tmp_path / "a.pt") == tmp_path / "a.pt"
-        found = common.load(tmp_path / "a.pt", "x")
+        assert checkpoints.sound(tmp_path / "a.pt") == tmp_path / "a.pt"
+        found = checkpoints.load(tmp_path / "a.pt", "x")
         assert all(torch.equal(found["model"][name], value) for name, value in content["model"].items()) and found["n"] == content["n"]
     with pytest.raises(ValueError, match="a.pt has no 'classes': remove it"):
         found["classes"]
@@ -91,14 +93,14 @@ def test_claims_beyond_the_file_are_refused(tmp_path, claim, word):
     parts = [("x/data.pkl", words), ("x/data/0", bytes(12)), ("x/version", b"3")]
     (tmp_path / "a.pt").write_bytes(fuzz.zipped(parts))
     with pytest.raises(ValueError, match=f"a.pt: not a checkpoint of plain tensors .*{word}"):
-        common.sound(tmp_path / "a.pt")
+        checkpoints.sound(tmp_path / "a.pt")
     good = b"\x80\x02}X\x01\0\0\0a" + fuzz.tensor_words() + b"s."
     (tmp_path / "a.pt").write_bytes(fuzz.zipped([("x/data.pkl", good), *parts[1:]]))
-    assert common.read_tensors(tmp_path / "a.pt")["a"].tolist() == [0, 0, 0]
+    assert checkpoints.read_tensors(tmp_path / "a.pt")["a"].tolist() == [0, 0, 0]
     (tmp_path / "a.pt").write_bytes(fuzz.zipped([("x/data.pkl", good), *parts[1:]], deflate=True))
     assert zipfile.is_zipfile(tmp_path / "a.pt")
     with pytest.raises(ValueError, match="compressed"):
-        common.sound(tmp_path / "a.pt")
+        checkpoints.sound(tmp_path / "a.pt")
 
 
 # ---------------------------------------------------------------- pictures
@@ -108,10 +110,10 @@ def test_large_pictures_up_to_the_bound(tmp_path):
     for height, width, word in ((400, 20_000, None), (3_356, 20_000, "67,108,864 pixels"), (2, 70_000, "65,535")):
         (tmp_path / "a.png").write_bytes(fuzz.png(width, height, 1, 0, fuzz.zlib.compress(bytes(height * (width // 8 + 1)))))
         if word is None:
-            assert data.load_image(tmp_path / "a.png").size == (width, height) and data.picture_size(tmp_path / "a.png") == (height, width)
+            assert images.load_image(tmp_path / "a.png").size == (width, height) and images.picture_size(tmp_path / "a.png") == (height, width)
         else:
             with pytest.raises(ValueError, match=f"a.png is not a readable picture.*{word}"):
-                data.picture_size(tmp_path / "a.png")
+                images.picture_size(tmp_path / "a.png")
 
 
 def test_transparency_over_many_strips(tmp_path):
@@ -119,7 +121,7 @@ def test_transparency_over_many_strips(tmp_path):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (1200, 3, 4), dtype=np.uint8))
     image.save(tmp_path / "a.png")
     whole = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    assert np.array_equal(np.asarray(data.load_image(tmp_path / "a.png")), np.asarray(whole))
+    assert np.array_equal(np.asarray(images.load_image(tmp_path / "a.png")), np.asarray(whole))
 
 
 # ---------------------------------------------------------------- other parts
@@ -156,10 +158,10 @@ def test_metadata_of_a_file_is_not_obeyed(tmp_path):
     double._metadata = {name: {**facts, "assign_to_params_buffers": True} for name, facts in state._metadata.items()}
     torch.save({"model": double}, tmp_path / "a.pt")
     assert torch.load(tmp_path / "a.pt", weights_only=True)["model"]._metadata == double._metadata
-    assert {value.dtype for value in generator.load_generator(common.sound(tmp_path / "a.pt")).state_dict().values()} == {torch.float32}
+    assert {value.dtype for value in generator.load_generator(checkpoints.sound(tmp_path / "a.pt")).state_dict().values()} == {torch.float32}
 
 
 def test_maps_beyond_float32_are_refused(tmp_path):
     np.save(tmp_path / "a.npy", np.full((1, 2, 3), 1e300))
     with pytest.raises(ValueError, match="a.npy holds NaN or infinity"):
-        data.load_cam(tmp_path / "a.npy", [1, 0])
+        maps.load_cam(tmp_path / "a.npy", [1, 0])

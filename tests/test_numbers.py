@@ -14,7 +14,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 sys.path.append(str(ROOT / "bench"))
 import precision  # noqa: E402
 
-from wsss import clip_model, common, crf, data, generator, gradcam, losses, metrics, segmenter
+from plumbing import checkpoints, files as plain_files, flags as flag_types, folders, log, maps as map_files, masks, processes
+from wsss import clip_model, crf, generator, gradcam, losses, metrics, segmenter, texts as names
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 SHARED = ["--split", "train", "--device", "cpu", "--workers", "0"]
@@ -35,7 +36,7 @@ def make_odd(root, classes):
         mask = np.full((h, w), {"none": 0, "all": 1, "flat": 255}.get(id, 0), np.uint8)
         if id not in ("none", "all", "flat"):
             mask[h // 4:h // 2 + 1, w // 4:w // 2 + 1], mask[h // 2 + 1:h // 2 + 3] = k + 1, 255
-        data.save_mask(root / f"SegmentationClass/{id}.png", mask)
+        masks.save_mask(root / f"SegmentationClass/{id}.png", mask)
         lines.append(" ".join([id, *([] if id == "none" else classes if id == "all" else [classes[k]])]))
     (root / "classes.txt").write_text("\n".join(classes))
     (root / "labels.txt").write_text("\n".join(lines))
@@ -97,20 +98,20 @@ def test_weights_that_a_step_breaks_are_not_saved(one, tmp_path, script):
 def test_a_loss_that_is_not_finite_leaves_the_state_from_before(one, tmp_path, script, monkeypatch):
     """From the third step on the loss is NaN: the state of the second stays, and the run goes on from it to the same bits."""
     stage = TRAINERS[script]
-    out, mean, steps = copy_inputs(one, tmp_path / "out", stage), common.mean, []
-    add = common.Meter.add
+    out, mean, steps = copy_inputs(one, tmp_path / "out", stage), processes.mean, []
+    add = log.Meter.add
 
     def count(meter, pictures, **values):
         steps.append(pictures)
         return add(meter, pictures, **{**values, "loss": values["loss"] * (float("nan") if len(steps) >= 3 else 1)})
 
-    monkeypatch.setattr(common.Meter, "add", count)
+    monkeypatch.setattr(log.Meter, "add", count)
     done = call(script, *flags(script, one, out, "--save-every", "2"))
     names = [list(SIZES)[i] for i in steps[-1].tolist()]
     refused(done, f"the loss is nan on the batch {', '.join(names)}, ...", "--lr", "--amp", "the last saved state is from before")
     assert torch.load(out / f"{stage}.last.pt", weights_only=True)["step"] == 2 and not (out / f"{stage}.pt").exists()
     monkeypatch.undo()
-    assert mean is common.mean and call(script, *flags(script, one, out, "--save-every", "2")).returncode == 0
+    assert mean is processes.mean and call(script, *flags(script, one, out, "--save-every", "2")).returncode == 0
     assert same(weights(out / f"{stage}.pt"), weights(one / f"out/{stage}.pt"))
 
 
@@ -138,8 +139,8 @@ def test_a_loss_that_one_rank_sees_stops_both(monkeypatch, rank):
         assert mine == ((1.0, ["picture1"]) if rank == 0 else (pytest.approx(float("nan"), nan_ok=True), ["picture11"]))
         found[:] = [(1.0, ["picture1"]), (float("nan"), ["picture11"])]
 
-    monkeypatch.setattr(common.dist, "all_gather_object", all_gather_object)
-    meter = common.Meter(env)
+    monkeypatch.setattr(log.dist, "all_gather_object", all_gather_object)
+    meter = log.Meter(env)
     for step in range(3):
         meter.add(torch.tensor([10 * rank + step]), loss=torch.tensor(float("nan") if seen[rank][step] else 1.0))
     with pytest.raises(ValueError, match="the loss is nan on the batch picture11, ..."):
@@ -150,12 +151,12 @@ def test_a_loss_that_one_rank_sees_stops_both(monkeypatch, rank):
 
 def test_fp16_leaves_out_steps_whose_gradients_overflow(tmp_path):
     """A skipped step changes neither weights nor optimizer and halves the scale; where every step is, the state is refused."""
-    args = common.parser("").parse_args(["--data", "x", "--out", str(tmp_path), "--device", "cpu", "--amp", "fp16"])
-    env, w = common.Env(args), torch.nn.Linear(1, 1, bias=False)
+    args = flag_types.parser("").parse_args(["--data", "x", "--out", str(tmp_path), "--device", "cpu", "--amp", "fp16"])
+    env, w = processes.Env(args), torch.nn.Linear(1, 1, bias=False)
     torch.nn.init.constant_(w.weight, 0.5)
     optimizer, scaler = torch.optim.AdamW(w.parameters(), 0.1), env.scaler()
     schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1)
-    save = lambda: common.save_state(tmp_path / "x.last.pt", w, optimizer, schedule, scaler, 0, 1, args)
+    save = lambda: checkpoints.save_state(tmp_path / "x.last.pt", w, optimizer, schedule, scaler, 0, 1, args)
 
     def step(factor):
         scaler.scale(w(torch.ones(1, 1)).sum() * factor).backward()
@@ -181,12 +182,12 @@ def cam_ok(folder, labels, ids):
         maps = np.load(folder / f"{id}.npy")
         assert len(maps) == label.sum() and np.isfinite(maps).all() and (maps >= 0).all() and (maps <= 1).all(), id
         if maps.size:
-            data.load_cam(folder / f"{id}.npy", label, SIZES[id])                                    # of the picture's proportions
+            map_files.load_cam(folder / f"{id}.npy", label, SIZES[id])                                    # of the picture's proportions
 
 
 def masks_ok(folder, ids, values):
     for id in ids:
-        mask = data.load_mask(folder / f"{id}.png", 1)
+        mask = masks.load_mask(folder / f"{id}.png", 1)
         assert mask.shape == SIZES[id] and set(np.unique(mask)) <= values, id
 
 
@@ -198,7 +199,7 @@ def test_odd_pictures_of_one_class_through_every_stage(one, tmp_path):
         (out / f"{name}.pt").symlink_to(one / "out" / f"{name}.pt")
         assert all(math.isfinite(row["loss"]) for row in rows(one / f"out/{name}.jsonl"))
     base, clip = ["--data", one / "data", "--out", out, *SHARED, "--amp", "off"], ["--clip", one / "clip.pt"]
-    labels = data.Folder(one / "data").labels(ids)
+    labels = folders.Folder(one / "data").labels(ids)
     jobs = [["vpl.py", *clip, "--tau-t", "0.02", "--steps", "3"], *(["make_cam.py", "--source", source, *clip * (source != "refine"), "--cam", source] for source in ("refine", "text", "vision")),
             ["make_cam.py", "--source", "text", *clip, "--cam", "scaled", "--no-affinity", "--scales", "0.5", "1.5", "--flip", "--stride", "4"],
             *(["make_pseudo.py", "--cam", "vision", "--pseudo", preset, "--preset", preset, "--background", "power", "--ignore-below", "0.5"] for preset in crf.PRESETS),
@@ -212,10 +213,10 @@ def test_odd_pictures_of_one_class_through_every_stage(one, tmp_path):
         cam_ok(out / source, labels, ids)
     for folder in (*crf.PRESETS, "torch", "plain"):
         masks_ok(out / folder, ids, {0, 1, 255} if folder in crf.PRESETS else {0, 1})
-        assert set(np.unique(data.load_mask(out / folder / "none.png"))) <= {0, 255}
+        assert set(np.unique(masks.load_mask(out / folder / "none.png"))) <= {0, 255}
     masks_ok(out / "pred/train", ids, {0, 1})
     for name in ("vision", "pseudo_weaktr", "seg"):
-        score = common.read_json(next(out.glob(f"eval_{name.removeprefix('pseudo_')}_train.json")))
+        score = plain_files.read_json(next(out.glob(f"eval_{name.removeprefix('pseudo_')}_train.json")))
         assert 0 <= score["miou"] <= 1 and len(score["iou"]) == 2, name
 
 
@@ -258,7 +259,7 @@ def test_no_pair_at_all_is_a_zero_with_a_gradient():
     w, none = torch.randn(4, 8, requires_grad=True), torch.zeros(0, dtype=torch.long)
     v, u = w[none], torch.randn(0, 8)
     values = [losses.match_loss(v, v, u, 2.4), losses.prompt_loss(v, u, u, 0.02), losses.refine_loss(v, u), losses.suppression_loss(v, torch.randn(3, 8), 0.26)]
-    loss = sum(common.mean(x) for x in values) + common.total(values[3]) + losses.region_contrast(w[None].transpose(1, 2)[:, :3, :1], torch.randn(3, 1), torch.zeros(1, 3), 0.07)
+    loss = sum(processes.mean(x) for x in values) + processes.total(values[3]) + losses.region_contrast(w[None].transpose(1, 2)[:, :3, :1], torch.randn(3, 1), torch.zeros(1, 3), 0.07)
     loss.backward()
     assert loss.item() == 0 and not w.grad.any()
 
@@ -291,13 +292,13 @@ def test_a_mask_of_8_bits_holds_254_classes(tmp_path):
     names = [f"class{n}" for n in range(1000)]
     (tmp_path / "data/classes.txt").write_text("\n".join(names))
     with pytest.raises(ValueError, match=r"data/classes.txt lists 1000 classes, an 8-bit mask holds 254"):
-        data.Folder(tmp_path / "data")
+        folders.Folder(tmp_path / "data")
     (tmp_path / "data/classes.txt").write_text("\n".join(names[:254]))
     (tmp_path / "data/labels.txt").write_text("\n".join(f"{id} 253" for id in SIZES))
     mask = np.full((33, 33), 254, np.uint8)
     mask[0] = 255
-    data.save_mask(tmp_path / "data/SegmentationClass/all.png", mask)
-    folder = data.Folder(tmp_path / "data")
+    masks.save_mask(tmp_path / "data/SegmentationClass/all.png", mask)
+    folder = folders.Folder(tmp_path / "data")
     assert folder.labels(["all"]).argmax() == 253 and folder.truth("all").max() == 255
     matrix = metrics.confusion(folder.truth("all"), np.full((33, 33), 254, np.uint8), 255)
     assert metrics.iou(matrix).nanmean() == 1 and matrix.sum() == 32 * 33                              # 254 is a class, 255 is none
@@ -307,7 +308,7 @@ def test_functions_take_a_thousand_classes(tiny_clip):
     """Shapes, finite numbers, and for the last class the same as alone."""
     C = 1000
     clip = clip_model.load_clip(tiny_clip)
-    texts = clip.encode_text(data.class_texts([f"class {n}" for n in range(C)]))
+    texts = clip.encode_text(names.class_texts([f"class {n}" for n in range(C)]))
     assert texts.shape == (C, 16) and torch.allclose(texts[-1:], clip.encode_text(["a photo of class 999."]), atol=1e-6)
     prompts = clip_model.BackgroundPrompts(clip, C, 2)
     prompts().sum().backward()
@@ -371,9 +372,9 @@ def test_deterministic_asks_pytorch_for_it(tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *how, **more: asked.append((how, more)))
     for more, found in (([], []), (["--deterministic"], [((True,), {"warn_only": True})])):
-        args = common.parser("").parse_args(["--data", "x", "--out", str(tmp_path), "--device", "cpu", *more])
-        common.Env(args)
-        assert asked == found and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == bool(found) and "deterministic" not in common.recipe(args)
+        args = flag_types.parser("").parse_args(["--data", "x", "--out", str(tmp_path), "--device", "cpu", *more])
+        processes.Env(args)
+        assert asked == found and ("CUBLAS_WORKSPACE_CONFIG" in os.environ) == bool(found) and "deterministic" not in flag_types.recipe(args)
 
 
 def test_the_seeds_of_crops_are_those_of_every_cpython():

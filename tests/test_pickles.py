@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import run
 
-from wsss import data
+from plumbing import folders, foreign, maps
 
 MEMORY = b"A" * 64                                                # as an address: nobody's
 
@@ -104,13 +104,13 @@ def attacks():
 READERS = """
 import os, sys
 import numpy as np
-from wsss import data
+from plumbing import folders, foreign, maps
 
 def fma(path):
     with open(path, "rb") as file:
-        return np.array(data.FmaReader(file).load()[0]["segmentation"], np.float32).sum()
+        return np.array(foreign.FmaReader(file).load()[0]["segmentation"], np.float32).sum()
 
-readers = {"label.npy": lambda path: data.read_cls_labels(path, "abc"), "map.npy": lambda path: data.load_cam(path, [1, 0, 0])[1].sum(), "mask.pkl": fma}
+readers = {"label.npy": lambda path: folders.read_cls_labels(path, "abc"), "map.npy": lambda path: maps.load_cam(path, [1, 0, 0])[1].sum(), "mask.pkl": fma}
 os.chdir(sys.argv[1])
 for path in (f"{n}.{reader}" for n in range(int(sys.argv[2])) for reader in readers):
     try:
@@ -159,13 +159,13 @@ def test_honest_pickles_are_read_to_the_same_values(protocol):
     arrays = [array for array in Honest.arrays if protocol > 2 or array.size]                    # protocol 2 calls for empty bytes
     table = dict(enumerate([*arrays, *Honest.tensors]))
     table |= {np.str_("b\u00e4r"): True, np.int32(2007000032): None, "same": table[0]}
-    found = data.Restricted(io.BytesIO(pickle.dumps(np.array(table, dtype=object), protocol))).load()
+    found = foreign.Restricted(io.BytesIO(pickle.dumps(np.array(table, dtype=object), protocol))).load()
     assert list(found) == [*range(len(arrays) + len(Honest.tensors)), "b\u00e4r", 2007000032, "same"] and found["same"] is found[0]
     for key, value in enumerate([*arrays, *Honest.tensors]):
         value = value.numpy() if torch.is_tensor(value) else value
         assert np.array_equal(found[key], value) and np.shape(found[key]) == value.shape, key
         assert not isinstance(value, np.ndarray) or value.size == 0 or found[key].dtype == value.dtype
-    masks = data.FmaReader(io.BytesIO(pickle.dumps([{"segmentation": Honest.arrays[6], "area": np.int64(3)}], protocol))).load()
+    masks = foreign.FmaReader(io.BytesIO(pickle.dumps([{"segmentation": Honest.arrays[6], "area": np.int64(3)}], protocol))).load()
     assert np.array_equal(masks[0]["segmentation"], Honest.arrays[6]) and masks[0]["area"] == 3
 
 
@@ -174,13 +174,13 @@ def test_numbers_that_python_does_not_print_are_refused_by_the_name_of_their_fil
         for key, label in ((value, np.zeros(7)), ("a_1", [value])):
             np.save(tmp_path / "labels.npy", np.array({key: label}, dtype=object))
             with pytest.raises(ValueError, match="labels.npy is refused .it holds a number of more than 64 bits"):
-                data.read_cls_labels(tmp_path / "labels.npy", "abc")
+                folders.read_cls_labels(tmp_path / "labels.npy", "abc")
     for value in ((1 << 63) - 1, 1 - (1 << 63)):
-        assert data.Restricted(io.BytesIO(pickle.dumps(value))).load() == value
+        assert foreign.Restricted(io.BytesIO(pickle.dumps(value))).load() == value
 
 
 def test_a_bool_of_another_byte_is_true():
     """numpy counts the bytes of bools as zeros and ones."""
     code = body(Call(np._core.numeric._frombuffer, b"\x00\x02\xff\x01", dtype("b1"), (4,), "C"))
-    mask = data.Restricted(io.BytesIO(b"\x80\x03" + code + b".")).load()
+    mask = foreign.Restricted(io.BytesIO(b"\x80\x03" + code + b".")).load()
     assert mask.view(np.uint8).tolist() == [0, 1, 1, 1] and np.count_nonzero(mask) == 3

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 import prepare_data
-from wsss import common, data
+from plumbing import folders, guard, masks
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,7 +27,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", ["prepare_data.py", *map(str, argv), "--workers", str(workers)])
         code = 0
         try:
-            common.run(prepare_data.main)
+            guard.run(prepare_data.main)
         except SystemExit as end:
             code = end.code
         said = capsys.readouterr()
@@ -44,7 +44,7 @@ def picture(path, size=(6, 4)):
 def mask(path, values=0, size=(6, 4)):
     path.parent.mkdir(parents=True, exist_ok=True)
     array = np.full((size[1], size[0]), values, np.uint8) if np.isscalar(values) else np.asarray(values, np.uint8)
-    data.save_mask(path, array)
+    masks.save_mask(path, array)
 
 
 def write(path, text):
@@ -54,7 +54,7 @@ def write(path, text):
 
 
 def values(path):
-    return sorted(np.unique(data.load_mask(path)).tolist())
+    return sorted(np.unique(masks.load_mask(path)).tolist())
 
 
 # ---------------------------------------------------------------- VOC
@@ -100,7 +100,7 @@ def test_voc_masks_and_list(voc, no_scipy, run):
     assert all(Image.open(p).mode == "P" for p in aug.glob("*.png"))
     assert (tree / "ImageSets/Segmentation/train_aug.txt").read_text() == "2007_000032\n2007_000033\n2008_000002\n"
     (tree / "ImageSets/Segmentation/train_aug.txt").rename(tree / "moved.txt")
-    assert data.Folder(tree).ids("train_aug") == ["2007_000032", "2007_000033", "2008_000002"]            # as data derives it
+    assert folders.Folder(tree).ids("train_aug") == ["2007_000032", "2007_000033", "2008_000002"]            # as data derives it
 
 
 def test_voc_counts_are_refused_unless_whole_or_told(voc, no_scipy, run, monkeypatch):
@@ -134,10 +134,10 @@ def test_voc_out_elsewhere_leaves_the_tree_alone(voc, no_scipy, run, tmp_path):
     out = tmp_path / "prepared"
     assert run("voc", "--voc", tree, "--sbd", sbd, "--out", out, "--allow-partial")[0] == 0
     assert sorted(tree.rglob("*")) == before
-    folder = data.Folder(out)
+    folder = folders.Folder(out)
     assert folder.ids("train_aug") == ["2007_000032", "2007_000033", "2008_000002"] and folder.ids("val") == ["2007_000042"]
     assert (out / "JPEGImages").is_symlink() and folder.truth("2008_000002").tolist() == [[0, 14, 0]]
-    assert folder.labels(["2008_000002"]).argmax().item() == data.VOC_CLASSES.index("cat")
+    assert folder.labels(["2008_000002"]).argmax().item() == folders.VOC_CLASSES.index("cat")
 
 
 def test_voc_bad_input(voc, no_scipy, run, tmp_path):
@@ -171,7 +171,7 @@ def test_sbd_mat_files(voc, run):
         io.savemat(sbd / "dataset/cls" / f"{id}.mat",
                    {"GTcls": {"Boundaries": np.zeros((20, 1)), "Segmentation": truth, "CategoriesPresent": np.array([[value]])}})
     assert run("voc", "--voc", tree, "--sbd", sbd, "--allow-partial")[0] == 0
-    truth = data.load_mask(tree / "SegmentationClassAug/2008_000002.png", 20)
+    truth = masks.load_mask(tree / "SegmentationClassAug/2008_000002.png", 20)
     assert truth.shape == (4, 6) and truth[1, 2] == 14 and truth.sum() == 14
     assert values(tree / "SegmentationClassAug/2007_000033.png") == [0, 2, 255]
     (tree / "SegmentationClassAug/2008_000002.png").unlink()
@@ -223,11 +223,11 @@ def test_a_killed_run_leaves_whole_masks_and_goes_on(tmp_path, run):
     process.wait()
     first = {p: p.stat().st_mtime_ns for p in aug.glob("*.png")}
     assert 5 <= len(first) < 150 and not (tree / "ImageSets/Segmentation/train_aug.txt").exists()
-    assert all((data.load_mask(p) == noise).all() for p in first)
+    assert all((masks.load_mask(p) == noise).all() for p in first)
     code, out, _ = run(*command)
     assert code == 0 and f"{len(first)} masks are in" in out and len(list(aug.glob("*.png"))) == 150
     assert {p: p.stat().st_mtime_ns for p in first} == first                 # what was finished was not made again
-    assert len(data.Folder(tree).ids("train_aug")) == 149
+    assert len(folders.Folder(tree).ids("train_aug")) == 149
 
 
 # ---------------------------------------------------------------- COCO
@@ -296,8 +296,8 @@ def test_coco_by_hand(coco, decoder, run, tmp_path, crowd):
     out = tmp_path / "out"
     code, said, _ = run("coco", "--coco", coco, "--out", out, "--crowd", crowd)
     assert code == 0 and "train: 2 pictures with at least one annotation, 1 without are left out; the whole of COCO 2014 has 82,081" in said
-    folder = data.Folder(out)
-    assert folder.classes == data.COCO_CLASSES and folder.ids("train") == [NINE, "COCO_train2014_000000000025"] and folder.ids("val") == [VAL]
+    folder = folders.Folder(out)
+    assert folder.classes == folders.COCO_CLASSES and folder.ids("train") == [NINE, "COCO_train2014_000000000025"] and folder.ids("val") == [VAL]
     assert folder.truth(NINE).tolist() == PAINTED[crowd]
     assert folder.truth("COCO_train2014_000000000025").tolist() == [[12, 12, 0, 0, 0, 0]] * 2 + [[0] * 6] * 2   # id 13 is the 12th class
     assert values(out / "SegmentationClass" / f"{VAL}.png") == {"include": [0, 1], "ignore": [0, 255], "skip": [0]}[crowd]
@@ -324,19 +324,19 @@ def test_coco_goes_on_and_repairs_links(coco, decoder, run, tmp_path, monkeypatc
     assert picture_25.is_symlink() and not picture_25.exists()
     monkeypatch.chdir(tmp_path)
     code, said, _ = run("coco", "--coco", "moved", "--out", "out")           # relative paths; the links hold all the same
-    assert code == 0 and picture_25.exists() and data.Folder(out).truth(NINE).tolist() == PAINTED["include"]
-    assert data.Folder(out).ids("train") == [NINE, "COCO_train2014_000000000025"] and (out / "labels.txt").exists()
+    assert code == 0 and picture_25.exists() and folders.Folder(out).truth(NINE).tolist() == PAINTED["include"]
+    assert folders.Folder(out).ids("train") == [NINE, "COCO_train2014_000000000025"] and (out / "labels.txt").exists()
     kept = (out / "SegmentationClass" / f"{VAL}.png").stat().st_mtime_ns
     (out / "SegmentationClass" / f"{NINE}.png").unlink()                     # the picture is there, the mask is not
     code, said, _ = run("coco", "--coco", "moved", "--out", "out")
-    assert code == 0 and "2 masks are in" in said and data.Folder(out).truth(NINE).tolist() == PAINTED["include"]
+    assert code == 0 and "2 masks are in" in said and folders.Folder(out).truth(NINE).tolist() == PAINTED["include"]
     assert kept == (out / "SegmentationClass" / f"{VAL}.png").stat().st_mtime_ns
 
 
 def test_coco_copy_survives_without_the_originals(coco, decoder, run, tmp_path):
     assert run("coco", "--coco", coco, "--out", tmp_path / "out", "--copy")[0] == 0
     coco.rename(tmp_path / "gone")
-    assert not (tmp_path / "out/JPEGImages" / f"{NINE}.jpg").is_symlink() and data.Folder(tmp_path / "out").image(NINE).shape == (3, 4, 6)
+    assert not (tmp_path / "out/JPEGImages" / f"{NINE}.jpg").is_symlink() and folders.Folder(tmp_path / "out").image(NINE).shape == (3, 4, 6)
 
 
 def test_decode_polygons_and_run_lengths():
@@ -383,8 +383,8 @@ def test_category_ids_become_contiguous():
     index = prepare_data.COCO_INDEX
     named = {1: "person", 11: "fire hydrant", 13: "stop sign", 25: "giraffe", 27: "backpack", 31: "handbag", 44: "bottle", 46: "wine glass",
              67: "dining table", 70: "toilet", 72: "tv", 82: "refrigerator", 84: "book", 90: "toothbrush"}
-    assert {i: data.COCO_CLASSES[index[i]] for i in named} == named
-    assert list(index.values()) == list(range(80)) and len(data.COCO_CLASSES) == 80
+    assert {i: folders.COCO_CLASSES[index[i]] for i in named} == named
+    assert list(index.values()) == list(range(80)) and len(folders.COCO_CLASSES) == 80
 
 
 @pytest.mark.parametrize("change, message", [
@@ -589,7 +589,7 @@ def ninety(tmp_path):
     for id, row in rows.items():
         picture(root / "JPEGImages" / f"{id}.jpg", (4, 1))
         mask(root / "SegmentationClass" / f"{id}.png", [row])
-    write(root / "classes.txt", "".join(f"{name}\n" for name in data.COCO_CLASSES))
+    write(root / "classes.txt", "".join(f"{name}\n" for name in folders.COCO_CLASSES))
     write(root / "labels.txt", "a person toothbrush\nb stop_sign book giraffe\nc fire_hydrant\n")
     write(root / "ImageSets/Segmentation/train.txt", "a\nb\nc\n")
     return root
@@ -601,18 +601,18 @@ def test_ninety_ids_are_found_and_remapped_once(ninety, run):
     code, out, _ = run("remap", ninety)
     assert code == 0 and "3 masks remapped from 90 ids to 80" in out
     want = {"a": [0, 1, 255, 80], "b": [0, 12, 74, 24], "c": [0, 11, 0, 0]}
-    assert {id: data.load_mask(ninety / f"SegmentationClass/{id}.png", 80).tolist() for id in want} == {id: [row] for id, row in want.items()}
-    assert data.load_mask(ninety / "SegmentationClass.90id/b.png").tolist() == [[0, 13, 84, 25]]            # the originals are kept
+    assert {id: masks.load_mask(ninety / f"SegmentationClass/{id}.png", 80).tolist() for id in want} == {id: [row] for id, row in want.items()}
+    assert masks.load_mask(ninety / "SegmentationClass.90id/b.png").tolist() == [[0, 13, 84, 25]]            # the originals are kept
     assert run("check", ninety)[0] == 0
     code, out, _ = run("remap", ninety)                                      # again: nothing is mapped twice
-    assert code == 0 and "0 masks remapped" in out and data.load_mask(ninety / "SegmentationClass/b.png").tolist() == [[0, 12, 74, 24]]
+    assert code == 0 and "0 masks remapped" in out and masks.load_mask(ninety / "SegmentationClass/b.png").tolist() == [[0, 12, 74, 24]]
 
 
 def test_remap_goes_on_after_a_kill(ninety, run):
     (ninety / "SegmentationClass").rename(ninety / "SegmentationClass.90id")
     mask(ninety / "SegmentationClass/a.png", [[0, 1, 255, 80]])
     code, out, _ = run("remap", ninety)
-    assert code == 0 and "2 masks remapped" in out and data.load_mask(ninety / "SegmentationClass/b.png").tolist() == [[0, 12, 74, 24]]
+    assert code == 0 and "2 masks remapped" in out and masks.load_mask(ninety / "SegmentationClass/b.png").tolist() == [[0, 12, 74, 24]]
 
 
 def test_remap_refuses_without_proof(ninety, run):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from conftest import ROOT, call, make_folder, run
 
-from wsss import common, data
+from plumbing import checkpoints, masks
 
 sys.path.append(str(ROOT / "bench"))
 import processes  # noqa: E402
@@ -32,7 +32,7 @@ def test_what_differs_is_found(tmp_path):
         (tmp_path / name / "x.jsonl").write_text('{"args": 1}\n{"step": 1, "seconds": %f, "loss": 2.0}\n' % len(name))
         torch.save({"model": {"w": torch.ones(3)}, "stage": "x", "args": {"lr": len(name)}}, tmp_path / name / "x.pt")
         np.save(tmp_path / name / "cam/a.npy", np.zeros((1, 2, 2), np.float16))
-        data.save_mask(tmp_path / name / "a.png", np.zeros((4, 5)))
+        masks.save_mask(tmp_path / name / "a.png", np.zeros((4, 5)))
         (tmp_path / name / "eval.json").write_text(json.dumps({"miou": 0.5, "iou": {"cow": None}, "protocol": {"pictures": len(name)}}))
         return tmp_path / name
 
@@ -41,7 +41,7 @@ def test_what_differs_is_found(tmp_path):
     assert processes.compare(one, other) == same
     (other / "x.jsonl").write_text('{"args": 1}\n{"step": 1, "seconds": 1, "loss": 2.5}\n')
     torch.save({"model": {"w": torch.tensor([1, 1, 1.5])}}, other / "x.pt")
-    data.save_mask(other / "a.png", np.eye(4, 5))
+    masks.save_mask(other / "a.png", np.eye(4, 5))
     (other / "eval.json").write_text('{"miou": 0.75, "iou": {"cow": 1.0}}')
     np.save(other / "cam/a.npy", np.full((1, 2, 2), np.nan))
     found = processes.compare(one, other)
@@ -62,7 +62,7 @@ def held():
 def test_nothing_stays_from_epoch_to_epoch(tmp_path, tiny_clip, monkeypatch):
     """After the sixth epoch of twelve, when all that is made once has been made, and after the last."""
     make_folder(tmp_path / "data")
-    saves, seen, save_state, out = [], [], common.save_state, tmp_path / "out"
+    saves, seen, save_state, out = [], [], checkpoints.save_state, tmp_path / "out"
 
     def save_and_look(*args):
         save_state(*args)
@@ -70,7 +70,7 @@ def test_nothing_stays_from_epoch_to_epoch(tmp_path, tiny_clip, monkeypatch):
         if len(saves) in (4, 6, 12):                                             # the first look makes things of its own
             seen.append(held())
 
-    monkeypatch.setattr(common, "save_state", save_and_look)
+    monkeypatch.setattr(checkpoints, "save_state", save_and_look)
     shared = ["--data", tmp_path / "data", "--out", out, "--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0", "--batch-size", "2"]
     train = ["--crop", "16", "--clip", tiny_clip, "--epochs", "12"]
     assert call("train_cls.py", *shared, "--generator", "cnn_toy", "--backbone", "none", "--epochs", "1", "--crop", "16").returncode == 0

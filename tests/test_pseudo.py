@@ -13,25 +13,26 @@ import pytest
 import torch
 from conftest import CLASSES, LABELS, ROOT, call, make_folder, refused, run_together
 
-from wsss import crf, data
+from plumbing import folders, images, maps, masks as mask_files
+from wsss import crf
 
 SHARED = ["--split", "train", "--device", "cpu", "--workers", "0"]
 
 
 def put_maps(voc, out, stride=1, seed=0):
     """Smooth maps that lean to the truth, one row per present class."""
-    folder, rng = data.Folder(voc), np.random.default_rng(seed)
+    folder, rng = folders.Folder(voc), np.random.default_rng(seed)
     (out / "cam").mkdir(parents=True)
     for id in folder.ids("train"):
-        truth, present = folder.truth(id), data.present(folder.labels([id])[0])
-        noise = data.resize_maps(torch.from_numpy(rng.random((len(present), 5, 7))).float(), truth.shape).numpy()
+        truth, present = folder.truth(id), maps.present(folder.labels([id])[0])
+        noise = maps.resize_maps(torch.from_numpy(rng.random((len(present), 5, 7))).float(), truth.shape).numpy()
         cam = np.stack([(truth == k + 1) * 0.5 for k in present]) + noise * 0.5 if len(present) else np.zeros((0, *truth.shape))
-        data.save_cam(out / "cam" / f"{id}.npy", cam[:, ::stride, ::stride])
+        maps.save_cam(out / "cam" / f"{id}.npy", cam[:, ::stride, ::stride])
     shutil.rmtree(voc / "SegmentationClass")                                    # writing masks never opens the truth
 
 
 def masks(out, name="pseudo"):
-    return {path.stem: data.load_mask(path) for path in sorted((out / name).glob("*.png"))}
+    return {path.stem: mask_files.load_mask(path) for path in sorted((out / name).glob("*.png"))}
 
 
 def equal(a, b):
@@ -49,9 +50,9 @@ def test_without_crf_it_is_the_best_score_of_each_pixel(world, rule):
     voc, out = world
     done = call("make_pseudo.py", "--data", voc, "--out", out, *SHARED, "--no-crf", *rule)
     assert done.returncode == 0, done.stderr
-    folder, found = data.Folder(voc), masks(out)
+    folder, found = folders.Folder(voc), masks(out)
     for id, present in LABELS.items():
-        _, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
+        _, cam = maps.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
         assert found[id].shape == cam.shape[1:]
         for y, x in np.ndindex(*found[id].shape):
             column = cam[:, y, x]
@@ -64,10 +65,10 @@ def test_crf_sees_the_present_classes_and_the_background(world):
     voc, out = world
     done = call("make_pseudo.py", "--data", voc, "--out", out, *SHARED, "--threshold", "0.4", "--preset", "deeplab", "--ignore-below", "0.9")
     assert done.returncode == 0, done.stderr
-    folder, found, seen = data.Folder(voc), masks(out), set()
+    folder, found, seen = folders.Folder(voc), masks(out), set()
     for id, present in LABELS.items():
-        image = np.array(data.load_image(folder.picture(id)))
-        _, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
+        image = np.array(images.load_image(folder.picture(id)))
+        _, cam = maps.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
         posterior = crf.dense_crf(image, np.concatenate([np.full((1, *cam.shape[1:]), 0.4, np.float32), cam]), preset="deeplab")
         want = np.array([0, *(k + 1 for k in present)])[posterior.argmax(0)]
         want[posterior.max(0) < 0.9] = 255
@@ -179,9 +180,9 @@ def test_a_killed_worker_and_a_killed_run_go_on_to_the_same_masks(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("spoil,words", [
-    (lambda v, o: data.save_cam(o / "cam/a_2.npy", np.zeros((2, 40, 34))), ["a_2.npy: maps of 34x40 do not fit their picture of 40x34"]),
+    (lambda v, o: maps.save_cam(o / "cam/a_2.npy", np.zeros((2, 40, 34))), ["a_2.npy: maps of 34x40 do not fit their picture of 40x34"]),
     (lambda v, o: np.save(o / "cam/a_2.npy", np.array([{}])), ["a_2.npy is not a plain .npy"]),
-    (lambda v, o: data.save_cam(o / "cam/a_4.npy", np.zeros((1, 34, 40))), ["a_4.npy has 1 maps", "2 classes"]),
+    (lambda v, o: maps.save_cam(o / "cam/a_4.npy", np.zeros((1, 34, 40))), ["a_4.npy has 1 maps", "2 classes"]),
     (lambda v, o: (v / "JPEGImages/a_2.jpg").write_text("no picture"), ["a_2.jpg is not a readable picture"]),
 ])
 def test_bad_input_is_one_line_from_any_process(world, spoil, words, workers):

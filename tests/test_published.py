@@ -14,7 +14,8 @@ from conftest import LABELS, call, make_folder, refused, same, weights
 from test_generator import published
 from torchvision.models import resnet50, resnet101
 
-from wsss import clip_model, common, data, generator, segmenter
+from plumbing import checkpoints, folders, images as image_files, maps as map_files, masks as mask_files
+from wsss import clip_model, generator, segmenter
 
 SHARED = ["--device", "cpu", "--amp", "off", "--workers", "0"]
 TRAIN = [*SHARED, "--split", "train", "--limit", "2", "--epochs", "1", "--batch-size", "2", "--crop", "32"]
@@ -103,7 +104,7 @@ def test_maps_of_a_published_deit(weaktr, voc20, tmp_path):
         assert words in line
     model = generator.DeiT(20).eval()
     assert model.load_state_dict(state).missing_keys == []
-    folder = data.Folder(voc20)
+    folder = folders.Folder(voc20)
     with torch.no_grad():
         maps = model.maps(folder.image("a_2")[None])[0, [3, 9]]                   # boat and cow among VOC's twenty
     maps = F.interpolate(maps[:, None], (36, 40), mode="bilinear")[:, 0]
@@ -138,7 +139,7 @@ def test_wrappers_and_prefixes(tmp_path, tiny_clip, voc, script, more):
 def test_a_coco_generator_of_90_ids_maps_the_80_in_use(tmp_path):
     state, images = tiny(90), torch.rand(2, 3, 24, 24)
     path = save(tmp_path / "coco.pth", {"model": state, "epoch": 1})
-    every, used = generator.load_generator(path).eval(), generator.load_generator(path, "avg", data.COCO_CLASSES).eval()
+    every, used = generator.load_generator(path).eval(), generator.load_generator(path, "avg", folders.COCO_CLASSES).eval()
     every.adaptive_attention_fusion.pool = "avg"
     rows = [id - 1 for id in range(1, 91) if id not in GAPS]
     with torch.no_grad():
@@ -146,20 +147,20 @@ def test_a_coco_generator_of_90_ids_maps_the_80_in_use(tmp_path):
     assert maps80.shape[1] == 80 and torch.equal(maps80, maps[:, rows]) and all(torch.equal(a, b[:, rows]) for a, b in zip(logits80, logits))
     assert torch.equal(used.maps(images), maps80)
     # person is id 1, stop sign 13 after the first gap, toothbrush 90
-    assert [rows[data.COCO_CLASSES.index(name)] for name in ("person", "stop sign", "toothbrush")] == [0, 12, 89]
-    own = save(tmp_path / "match.pt", {"model": used.state_dict(), "stage": "match", "classes": data.COCO_CLASSES, "args": {"pool": "avg"}})
-    assert torch.equal(generator.load_generator(own, classes=data.COCO_CLASSES).eval().maps(images), maps80)         # and of our own file after training it
+    assert [rows[folders.COCO_CLASSES.index(name)] for name in ("person", "stop sign", "toothbrush")] == [0, 12, 89]
+    own = save(tmp_path / "match.pt", {"model": used.state_dict(), "stage": "match", "classes": folders.COCO_CLASSES, "args": {"pool": "avg"}})
+    assert torch.equal(generator.load_generator(own, classes=folders.COCO_CLASSES).eval().maps(images), maps80)         # and of our own file after training it
     with pytest.raises(ValueError, match="coco.pth: maps 90 classes, the data folder has 20"):
-        generator.load_generator(path, classes=data.VOC_CLASSES)
+        generator.load_generator(path, classes=folders.VOC_CLASSES)
     with pytest.raises(ValueError, match="coco.pth: maps 90 classes, the data folder has 80, not named as COCO's"):
         generator.load_generator(path, "avg", [f"my{n}" for n in range(80)])
     with pytest.raises(ValueError, match="coco.pth: of COCO's 90 ids, .*give --pool avg"):
-        generator.load_generator(path, classes=data.COCO_CLASSES)
+        generator.load_generator(path, classes=folders.COCO_CLASSES)
 
 
 def coco(root):
     """A tiny folder under COCO's names in root/data, a generator of 90 ids in root/coco.pth."""
-    make_folder(root / "data", {"a_1": [0], "a_2": [11, 79], "a_3": [], "a_4": [0, 12]}, size=(24, 24), classes=data.COCO_CLASSES)
+    make_folder(root / "data", {"a_1": [0], "a_2": [11, 79], "a_3": [], "a_4": [0, 12]}, size=(24, 24), classes=folders.COCO_CLASSES)
     return save(root / "coco.pth", {"model": tiny(90), "epoch": 1})
 
 
@@ -184,25 +185,25 @@ def test_a_coco_generator_through_the_stages(tmp_path, tiny_clip):
     moved = (trained["head.bias"] - state["head.bias"]).abs()
     assert moved[[0, 12, 89]].min() > 1e-4 and moved[used].max() > 10 * moved[gaps].max()       # a gap's weights decay, no more
 
-    saves, save_state = [], common.save_state
+    saves, save_state = [], checkpoints.save_state
 
     def killed(*args):
         save_state(*args)
         saves.append(args)
         if len(saves) == 1:
             raise KeyboardInterrupt
-    common.save_state = killed
+    checkpoints.save_state = killed
     try:
         assert call(*coco_match(tmp_path, "torn", tiny_clip)).returncode == 130
         assert call(*coco_match(tmp_path, "torn", tiny_clip)).returncode == 0
     finally:
-        common.save_state = save_state
+        checkpoints.save_state = save_state
     assert len(saves) == 2 and same(weights(tmp_path / "torn/match.pt"), trained)
     assert call("make_cam.py", *base, "--out", tmp_path / "one", "--source", "match", "--scales", "1", "--no-flip", "--sheets", "0").returncode == 0
     model = generator.DeiT(90, pool="avg", **generator.TINY).eval()
     model.load_state_dict(trained)
     with torch.no_grad():
-        maps = model.maps(data.Folder(tmp_path / "data").image("a_2")[None])[:, [12, 89]]                     # stop sign and toothbrush by id
+        maps = model.maps(folders.Folder(tmp_path / "data").image("a_2")[None])[:, [12, 89]]                     # stop sign and toothbrush by id
     maps = F.interpolate(maps, (28, 24), mode="bilinear")[0]
     low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
     assert np.abs(np.load(tmp_path / "one/cam/a_2.npy") - ((maps - low) / (high - low + 1e-8)).numpy()).max() < 2e-3
@@ -250,7 +251,7 @@ def test_maps_of_a_published_clims(clims, imagenet50, voc20, tmp_path):
     done = call("make_cam.py", "--data", voc20, "--out", tmp_path, *SHARED, "--split", "train", "--init", path, "--scales", "1", "--no-flip", "--sheets", "0")
     assert done.returncode == 0, done.stderr
     assert f"{path}: ResNet-50 as in CLIMS, 20 classes; left out: {2 * 318 + 1} copies that agree" in done.stdout
-    image = (data.Folder(voc20).image("a_2") - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+    image = (folders.Folder(voc20).image("a_2") - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)) / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     net = imagenet50
     with torch.no_grad():
         x = net.layer2(net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(image[None]))))))
@@ -432,7 +433,7 @@ def exported(tmp_path_factory):
 def ours(root, id):
     """-> classes, maps at full size, by the naive road."""
     cam = torch.from_numpy(np.load(root / f"out/cam/{id}.npy").astype(np.float32))
-    size = data.picture_size(root / f"data/JPEGImages/{id}.jpg")
+    size = image_files.picture_size(root / f"data/JPEGImages/{id}.jpg")
     return LABELS[id], F.interpolate(cam[None], size, mode="bilinear")[0].numpy() if len(cam) else np.zeros((0, *size), np.float32)
 
 
@@ -502,16 +503,16 @@ def write(path, name, keys, cam):
 def test_maps_of_others_are_read(name, tmp_path):
     cam = np.random.default_rng(0).random((2, 20, 24), dtype=np.float32)
     write(tmp_path / "x.npy", name, [2, 0], cam)                                        # any order
-    classes, found = data.load_cam(tmp_path / "x.npy", [1, 0, 1], (20, 24))
+    classes, found = map_files.load_cam(tmp_path / "x.npy", [1, 0, 1], (20, 24))
     assert classes.tolist() == [0, 2] and found.dtype == np.float32 and np.array_equal(found, cam[::-1])
     for labels, words in (([1, 1, 0], r"maps of the classes \[0, 2\], the picture's label has \[0, 1\]"), ([0, 1, 0], "counted from 1")):
         with pytest.raises(ValueError, match=words):
-            data.load_cam(tmp_path / "x.npy", labels, (20, 24))
+            map_files.load_cam(tmp_path / "x.npy", labels, (20, 24))
     write(tmp_path / "y.npy", name, [0], 7 * cam[:1])
     with pytest.raises(ValueError, match=r"y.npy?z? holds maps from 0\.\d+ to 6\.9\d*: scale them"):
-        data.load_cam(tmp_path / "y.npy", [1, 0, 0], (20, 24))
+        map_files.load_cam(tmp_path / "y.npy", [1, 0, 0], (20, 24))
     write(tmp_path / "none.npy", name, [], cam[:0])
-    assert data.load_cam(tmp_path / "none.npy", [0, 0, 0], (20, 24))[1].shape[0] == 0
+    assert map_files.load_cam(tmp_path / "none.npy", [0, 0, 0], (20, 24))[1].shape[0] == 0
 
 
 def test_maps_of_others_run_no_code(tmp_path, monkeypatch):
@@ -526,12 +527,12 @@ def test_maps_of_others_run_no_code(tmp_path, monkeypatch):
     for content in ({0: Bomb()}, {"keys": [0], "high_res": Storage()}):
         np.save("x.npy", np.array(content, dtype=object), allow_pickle=True)
         with pytest.raises(ValueError, match="x.npy is not a plain .npy array"):
-            data.load_cam("x.npy", [1, 0, 0])
+            map_files.load_cam("x.npy", [1, 0, 0])
     with open("x.npz", "wb") as file:
         np.savez(file, cam=np.array([Bomb()], dtype=object), fg_cls=np.array([0]))
     os.remove("x.npy")
     with pytest.raises(ValueError, match="x.npz is not a plain .npy array"):
-        data.load_cam("x.npy", [1, 0, 0])
+        map_files.load_cam("x.npy", [1, 0, 0])
     assert not os.path.exists("bombed") and pickle.dumps(Bomb())
 
 
@@ -546,7 +547,7 @@ def test_maps_of_others_are_scored_and_made_into_masks(exported):
         scores[cam] = json.loads((root / f"out/eval_{cam}_train.json").read_text())["miou"]
         done = call("make_pseudo.py", *base, "--cam", cam, "--pseudo", f"p_{cam}", "--no-crf", "--threshold", "0.5")
         assert done.returncode == 0, done.stderr
-        masks[cam] = np.concatenate([data.load_mask(root / f"out/p_{cam}/{id}.png").ravel() for id in LABELS])
+        masks[cam] = np.concatenate([mask_files.load_mask(root / f"out/p_{cam}/{id}.png").ravel() for id in LABELS])
     assert len(np.unique(masks["cam"])) > 2
     for cam in scores:
         assert scores[cam] == pytest.approx(scores["cam"], abs=0.01) and (masks[cam] == masks["cam"]).mean() > 0.99, cam

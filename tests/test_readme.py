@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from conftest import ROOT, call
 from PIL import Image
 
-from wsss import clip_model, data
+from plumbing import folders, masks
+from wsss import clip_model
 
 STAGES = sorted(path.name for path in ROOT.glob("*.py"))
 
@@ -99,7 +100,7 @@ def test_your_own_pictures_in_five_steps(tmp_path, tiny_clip, monkeypatch):
         Image.effect_noise(size, 80).convert("RGB").save(tmp_path / folder / name)
     monkeypatch.chdir(tmp_path)
     lines = commands(steps)
-    assert len(lines) == 15 and data.Folder("mine").classes == ["train", "person"] and data.Folder("mine").ids("train") == ["IMG_0001", "IMG_0002", "IMG_0003"]
+    assert len(lines) == 15 and folders.Folder("mine").classes == ["train", "person"] and folders.Folder("mine").ids("train") == ["IMG_0001", "IMG_0002", "IMG_0003"]
     for line in lines:
         script, *flags = shlex.split(line)[1:]
         smaller = SMALLER[script].replace("CLIP", str(tiny_clip)).split()
@@ -114,7 +115,7 @@ def test_your_own_pictures_in_five_steps(tmp_path, tiny_clip, monkeypatch):
     for out in (tmp_path / "runs/mine", tmp_path / "runs/mine_vpl"):
         for name, size in (("new", (70, 50)), ("tall", (40, 96))):
             mask, overlay = (Image.open(out / "pred/photos" / f"{name}.{kind}") for kind in ("png", "jpg"))
-            assert mask.size == size and overlay.width == size[0] and data.load_mask(out / "pred/photos" / f"{name}.png").max() <= 2
+            assert mask.size == size and overlay.width == size[0] and masks.load_mask(out / "pred/photos" / f"{name}.png").max() <= 2
     assert "mine_vpl" in (tmp_path / "runs/mine/report.html").read_text()
 
 

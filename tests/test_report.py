@@ -13,7 +13,8 @@ from conftest import CLASSES, LABELS, call, make_folder, refused
 from PIL import Image
 
 import report
-from wsss import clip_model, common, data, segmenter
+from plumbing import checkpoints, files, folders, maps, masks
+from wsss import clip_model, segmenter
 
 GROUNDS = ["rails", "water", "grass", "sky"]
 ODD = "<b>&cow"                                                             # a class whose name is HTML
@@ -35,8 +36,8 @@ def decoder(out, clip, path, classes, weight):
     out.mkdir(parents=True)
     W = torch.nn.functional.normalize(torch.randn(len(classes) + len(GROUNDS), 16), dim=1)
     model = segmenter.build_decoder(None, 64, 1, {"model": {"prototypes": W}, "classes": classes, "tau_i": 0.1}, width=16)
-    common.save(out / "prototypes.pt", stage="prototypes", model={"prototypes": W}, classes=classes, gap={"before": 1.25, "after": 0.5})
-    common.save(out / "seg.pt", stage="seg", model=model.state_dict(), classes=classes, clip=clip.fingerprint(),
+    checkpoints.save(out / "prototypes.pt", stage="prototypes", model={"prototypes": W}, classes=classes, gap={"before": 1.25, "after": 0.5})
+    checkpoints.save(out / "seg.pt", stage="seg", model=model.state_dict(), classes=classes, clip=clip.fingerprint(),
                 args={"model": "clip_decoder", "clip": str(path), "lambda_rsc": weight, "inputs": {}})
 
 
@@ -55,17 +56,17 @@ def world(tmp_path_factory, tiny_clip):
     for where, source in ((out / "cam_cls", "cls"), (out / "cam", "refine"), (out / "vpl/cam_text", "text")):
         write(where / "recipe.json", {"args": {"source": source, "cam": where.name}, "classes": classes})
         for id, present in LABELS.items():
-            data.save_cam(where / f"{id}.npy", rng.random((len(present), 15, 20)))
+            maps.save_cam(where / f"{id}.npy", rng.random((len(present), 15, 20)))
     write(out / "pseudo/recipe.json", {"args": {"pseudo": "pseudo", "cam": "cam"}, "classes": classes})
     (out / "pred/val").mkdir(parents=True)
     for id in LABELS:
-        truth = data.load_mask(root / "data/SegmentationClass" / f"{id}.png")
-        data.save_mask(out / "pseudo" / f"{id}.png", truth)
+        truth = masks.load_mask(root / "data/SegmentationClass" / f"{id}.png")
+        masks.save_mask(out / "pseudo" / f"{id}.png", truth)
         if id in ("a_1", "a_2"):
-            data.save_mask(out / "pred/val" / f"{id}.png", truth % 255)
+            masks.save_mask(out / "pred/val" / f"{id}.png", truth % 255)
     (out / "pred/photos").mkdir()
     Image.new("RGB", (40, 20), "red").save(out / "pred/photos/mine.jpg")
-    data.save_mask(out / "pred/photos/a_3.png", np.zeros((30, 40)))          # a photograph that has a picture's name
+    masks.save_mask(out / "pred/photos/a_3.png", np.zeros((30, 40)))          # a photograph that has a picture's name
     lines = [json.dumps(line) for line in ({"args": {"lr": 0.125, "note": "<i>\ud800"}, "versions": {"torch": "9.9"}, "world": 1}, {"step": 5, "seconds": 60, "loss": 2.5, "mask": 0.5},
                                            {"step": 10, "seconds": 120, "loss": 1.5, "mask": 0.25, "lr": float("nan")})]
     (out / "match.jsonl").write_text("\n".join([*lines, '{"step": 15, "lo']))
@@ -73,7 +74,7 @@ def world(tmp_path_factory, tiny_clip):
     write(out / "eval_cam_cls_train.json", score("cam", 0.5, classes, background="constant", value=0.4, made_by={"source": "cls", "maps": 7}))
     write(out / "vpl/eval_seg_val.json", score("seg", 0.44449, classes, scales=[1.0], flip=True, crf=None, made_by={"model": "clip_decoder"}))
     model = clip_model.BackgroundPrompts(clip, 3, 4)
-    common.save(out / "prompts.pt", stage="prompts", model=model.state_dict(), classes=classes, args={"clip": str(tiny_clip), "template": "a photo of {}.", "inputs": {}})
+    checkpoints.save(out / "prompts.pt", stage="prompts", model=model.state_dict(), classes=classes, args={"clip": str(tiny_clip), "template": "a photo of {}.", "inputs": {}})
     shutil.move(out / "vpl", root / "keep")
     decoder(out / "vpl", clip, tiny_clip, classes, 0.1)
     shutil.copytree(root / "keep", out / "vpl", dirs_exist_ok=True)
@@ -200,8 +201,8 @@ def test_another_clip_is_not_taken(world, tmp_path, tiny_clip):
     out = tmp_path / "out"
     out.mkdir()
     content = torch.load(world / "out/prompts.pt", weights_only=True)
-    content["args"] |= {"clip": str(tmp_path / "gone.pt"), "inputs": {"clip": common.fingerprint(tiny_clip)}}
-    common.save(out / "prompts.pt", **content)
+    content["args"] |= {"clip": str(tmp_path / "gone.pt"), "inputs": {"clip": files.fingerprint(tiny_clip)}}
+    checkpoints.save(out / "prompts.pt", **content)
     assert "learned prompt<" not in make(world, out) and "gone.pt" in make(world, out)
     assert "learned prompt<" in make(world, out, "--clip", tiny_clip)
     (tmp_path / "gone.pt").write_bytes(b"another")
@@ -247,7 +248,7 @@ def test_a_line_without_seconds_is_left_out(tmp_path):
 
 
 def test_classes_take_turns(world):
-    folder = data.Folder(world / "data")
+    folder = folders.Folder(world / "data")
     assert report.choose(folder, list(LABELS), lambda id: True, 3) == ["a_1", "a_2", "a_4"]       # train, boat and cow, then train again
     assert report.choose(folder, list(LABELS), lambda id: id != "a_1", 9) == ["a_4", "a_2", "a_5", "a_3"]
 

@@ -20,7 +20,7 @@ from test_readme import README
 from torch.distributed.run import parse_args as parse_torchrun
 
 import prepare_data
-from wsss import data
+from plumbing import folders as data_folders, masks as mask_files
 
 METHODS = {"semples": "train_cls train_match train_prompt train_refine make_cam eval make_pseudo eval train_seg eval report".split(),
            "vpl": "vpl make_cam eval make_pseudo eval train_seg eval report".split(),
@@ -283,7 +283,7 @@ def voc(tmp_path_factory):
     for id, classes in {**TRAIN, **VAL, **SBD}.items():
         draw(root / "VOC2012/JPEGImages" / f"{id}.jpg")
         (root / "VOC2012/Annotations").mkdir(exist_ok=True)
-        objects = "".join(f"<object><name>{data.VOC_CLASSES[k].replace(' ', '')}</name><difficult>0</difficult></object>" for k in classes)
+        objects = "".join(f"<object><name>{data_folders.VOC_CLASSES[k].replace(' ', '')}</name><difficult>0</difficult></object>" for k in classes)
         (root / "VOC2012/Annotations" / f"{id}.xml").write_text(f"<annotation><filename>{id}.jpg</filename>{objects}</annotation>")
         mask = np.zeros((48, 64), np.uint8)
         for n, k in enumerate(classes):
@@ -291,7 +291,7 @@ def voc(tmp_path_factory):
         if id not in SBD:
             (root / "VOC2012/SegmentationClass").mkdir(exist_ok=True)
             mask[9] = 255
-            data.save_mask(root / "VOC2012/SegmentationClass" / f"{id}.png", mask)
+            mask_files.save_mask(root / "VOC2012/SegmentationClass" / f"{id}.png", mask)
         (root / "benchmark_RELEASE/dataset/cls").mkdir(parents=True, exist_ok=True)
         if importlib.util.find_spec("scipy"):
             from scipy import io
@@ -314,7 +314,7 @@ def coco(tmp_path_factory):
         square = [[8, 8, 40, 8, 40, 40, 8, 40]]
         annotations = [{"id": k, "image_id": n, "category_id": c, "segmentation": square, "iscrowd": 0, "area": 1024}
                        for k, (n, c) in enumerate([(9, 1), (9, 90), (25, 13)] if split == "train" else [(42, 90)])]
-        categories = [{"id": i, "name": data.COCO_CLASSES[k]} for i, k in prepare_data.COCO_INDEX.items()]
+        categories = [{"id": i, "name": data_folders.COCO_CLASSES[k]} for i, k in prepare_data.COCO_INDEX.items()]
         images = [{"id": n, "file_name": f"COCO_{split}2014_{n:012d}.jpg", "height": 48, "width": 64} for n in ids]
         (root / "annotations" / f"instances_{split}2014.json").write_text(json.dumps({"images": images, "annotations": annotations, "categories": categories}))
     return root

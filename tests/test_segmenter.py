@@ -17,7 +17,7 @@ from conftest import ROOT, same
 from torchvision.models import ResNet50_Weights, ResNet101_Weights, resnet101
 
 from wsss import generator, segmenter
-from wsss import mask2former as m2f
+from hosts import mask2former as m2f
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 

@@ -17,8 +17,9 @@ from conftest import LABELS, call, refused
 from PIL import Image
 from test_pseudo import masks, put_maps
 
-from wsss import common, data, segments
-from wsss.segments import label_segments, load_levels, load_segments, save_segments, segment, segments_of
+from hosts import segments
+from plumbing import files as plain_files, folders, foreign as others, maps as map_files, processes
+from hosts.segments import label_segments, load_levels, load_segments, save_segments, segment, segments_of
 
 H, W = 26, 34
 SHARED = ["--split", "train", "--device", "cpu", "--workers", "0"]
@@ -103,7 +104,7 @@ def test_a_torn_file_and_one_that_runs_code_are_refused(tmp_path):
             return os.system, (f"touch {tmp_path}/run",)
     (tmp_path / "b.pkl").write_bytes(pickle.dumps([{"segmentation": Evil()}]))
     with pytest.raises(ValueError, match="b.pkl holds no segments.*system"):
-        load_segments(segments_of(tmp_path, "b"), (H, W), data.FmaReader)
+        load_segments(segments_of(tmp_path, "b"), (H, W), others.FmaReader)
     with pytest.raises(ValueError, match="b.pkl holds no segments.*no unpickler"):
         load_segments(segments_of(tmp_path, "b"), (H, W))
     assert not (tmp_path / "run").exists()
@@ -164,11 +165,11 @@ def put_fma(path, found, levels):
 def test_other_layouts_are_read(tmp_path):
     found = blobs(6)
     put_fma(tmp_path / "a.pkl", found, [0, 1, 2, 0, 1, 2])
-    back = load_segments(segments_of(tmp_path, "a"), (H, W), data.FmaReader)
+    back = load_segments(segments_of(tmp_path, "a"), (H, W), others.FmaReader)
     assert all(np.array_equal(whole(s), mask) for s, mask in zip(back, found, strict=True)) and [s.level for s in back] == [0, 1, 2, 0, 1, 2]
     assert back[0].score == 0.5 and back[0].stability == 0.25
     (tmp_path / "plain.pkl").write_bytes(pickle.dumps([{"segmentation": mask} for mask in found]))              # SAM's own generator
-    assert all(np.array_equal(whole(s), mask) for s, mask in zip(load_segments(tmp_path / "plain.pkl", (H, W), data.FmaReader), found, strict=True))
+    assert all(np.array_equal(whole(s), mask) for s, mask in zip(load_segments(tmp_path / "plain.pkl", (H, W), others.FmaReader), found, strict=True))
 
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "metadata.csv").write_text("id,area\n")
@@ -195,7 +196,7 @@ def test_layouts_that_are_none_are_refused(tmp_path):
     for id, word in (("a", "grey.png is not black and white"), ("b", "mode RGB"), ("c", f"{W}x{H + 1}"), ("d", "run lengths"), ("e", f"{W + 1}x{H}"), ("f", "int"),
                      ("g", "coco_rle.*uncompressed_rle"), ("h", "coco_rle.*uncompressed_rle"), ("i", "level"), ("j", "level")):
         with pytest.raises(ValueError, match=word):
-            load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
+            load_segments(segments_of(tmp_path, id), (H, W), others.FmaReader)
 
 
 def test_masks_that_are_too_many_together_are_refused(tmp_path, monkeypatch):
@@ -210,15 +211,15 @@ def test_masks_that_are_too_many_together_are_refused(tmp_path, monkeypatch):
         Image.fromarray((np.arange(H * W) % n).astype(np.uint8).reshape(H, W)).save(tmp_path / "c.png")
         for id in "abc":
             if n == 8:
-                assert len(load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)) == 8
+                assert len(load_segments(segments_of(tmp_path, id), (H, W), others.FmaReader)) == 8
                 continue
             with pytest.raises(ValueError, match="its masks together are larger than any"):
-                load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
+                load_segments(segments_of(tmp_path, id), (H, W), others.FmaReader)
     monkeypatch.setattr(segments, "WALKED", 10 * H * W)
     monkeypatch.setattr(segments, "checked", None)                                                              # before any mask is made
     for id in "ab":
         with pytest.raises(ValueError, match=f"11 masks of {W}x{H} are more than"):
-            load_segments(segments_of(tmp_path, id), (H, W), data.FmaReader)
+            load_segments(segments_of(tmp_path, id), (H, W), others.FmaReader)
 
 
 # ---------------------------------------------------------------- the vote
@@ -280,7 +281,7 @@ def test_means_that_are_all_equal_are_scores_as_they_are():
         assert not draw(halves, 0.6).any() and (draw(halves, 2) == 1).all()                                         # .5 against .66, and against .25
         assert (draw(ones + 1e-6, 0.6) == 1).all()                                                                  # no root of a number below 0
         assert (draw(np.concatenate([0.7 * ones, 0.8 * ones]), 0.6) == 2).all()
-    coarse = data.resize_maps(torch.full((1, 4, 5), 0.3), (H, W)).numpy()
+    coarse = map_files.resize_maps(torch.full((1, 4, 5), 0.3), (H, W)).numpy()
     noisy = coarse + 1e-7 * np.arange(W, dtype=np.float32)                                                          # rounding, on one side more
     assert not make_pseudo.sams(packed([left, right]), coarse, 0.6).any() and not make_pseudo.sams(packed([left, right]), noisy * 0.1, 0.6).any()
     slope = np.where(right, 0.3, 0.3 - 1e-4)[None].astype(np.float32)                                               # a difference: scaled, as published
@@ -391,7 +392,7 @@ def test_sepl_asks_for_more_than_half_of_a_class():
 @pytest.fixture
 def world(voc, tmp_path):
     """Pictures, maps and segments: superpixels of the truth's own outlines for most, none for a_5."""
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     (out / "segments").mkdir(parents=True)
     for n, id in enumerate(LABELS):
         truth = folder.truth(id)
@@ -410,11 +411,11 @@ def test_the_command_votes(world):
         done = call("make_pseudo.py", *flags, "--pseudo", name, *more)
         assert done.returncode == 0, done.stderr
         assert ("1 without segments" in done.stdout) == name.startswith("s"), done.stdout
-    folder = data.Folder(voc)
+    folder = folders.Folder(voc)
     for id, present in LABELS.items():
         label, row = np.array([0, *(k + 1 for k in present)]), {name: masks(out, name)[id] for name in ("plain", "crf", "sams", "sams_crf", "sepl")}
         segments = load_segments(out / "segments" / f"{id}.npz", row["plain"].shape)
-        _, cam = data.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
+        _, cam = map_files.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
         if not segments:
             assert np.array_equal(row["sams"], row["plain"]) and np.array_equal(row["sams_crf"], row["crf"]) and np.array_equal(row["sepl"], row["crf"])
         elif not present:
@@ -456,7 +457,7 @@ def test_what_goes_on_and_what_is_refused(world):
 
 def test_others_segments_that_were_replaced_are_noticed(world):
     voc, out = world
-    foreign, folder = out / "foreign", data.Folder(voc)
+    foreign, folder = out / "foreign", folders.Folder(voc)
     for id in LABELS:
         (foreign / id).mkdir(parents=True)
         h, w = folder.image(id).shape[1:]
@@ -465,7 +466,7 @@ def test_others_segments_that_were_replaced_are_noticed(world):
     flags = ["--data", voc, "--out", out, *SHARED, "--segments"]
     assert call("make_pseudo.py", *flags, foreign).returncode == 0
     note, before = json.loads((out / "pseudo/recipe.json").read_text())["args"]["inputs"]["segments"], masks(out)
-    assert note == common.folder_fingerprint(foreign) and json.loads((out / "pseudo.json").read_text())["segments"]["source"] is None
+    assert note == plain_files.folder_fingerprint(foreign) and json.loads((out / "pseudo.json").read_text())["segments"]["source"] is None
     (foreign / "a_1/.thumbnail.png").write_bytes(b"")                               # what a file browser leaves is no segment
     foreign.rename(out / "moved")
     assert call("make_pseudo.py", *flags, out / "moved").returncode == 0            # the same files elsewhere
@@ -476,7 +477,7 @@ def test_others_segments_that_were_replaced_are_noticed(world):
         change()
         refused(call("make_pseudo.py", *flags, out / "moved"), "made from another segments", "--no-resume")
         renamed.unlink(missing_ok=True), path.write_bytes(content), kept(time)
-        assert common.folder_fingerprint(out / "moved") == note
+        assert plain_files.folder_fingerprint(out / "moved") == note
     Image.new("1", (40, 30)).save(path)                                             # a segment less: the other is the only one
     assert call("make_pseudo.py", *flags, out / "moved", "--no-resume").returncode == 0
     again = masks(out)
@@ -495,7 +496,7 @@ def files(folder):
 def test_superpixels_are_partitions_and_a_run_goes_on(voc, tmp_path):
     pytest.importorskip("skimage")
     flags = ["--data", voc, *SHARED, *FELZENSZWALB, "--out"]
-    folder, out = data.Folder(voc), tmp_path / "out"
+    folder, out = folders.Folder(voc), tmp_path / "out"
     assert call("make_segments.py", *flags, out, "--limit", "2").returncode == 0
     kept = {path: path.stat().st_mtime_ns for path in (out / "segments").glob("*.npz")}
     assert len(kept) == 2
@@ -540,14 +541,14 @@ def test_weights_are_all_shards(tmp_path):
     for n, path in enumerate(shards):
         path.write_bytes(bytes([n]))
     was = make_segments.weights(tmp_path)
-    assert was == f"{common.fingerprint(shards[0])} {common.fingerprint(shards[1])}"
+    assert was == f"{plain_files.fingerprint(shards[0])} {plain_files.fingerprint(shards[1])}"
     (tmp_path / "pytorch_model.bin").write_bytes(b"not what is read")
     assert make_segments.weights(tmp_path) == was
     shards[1].write_bytes(b"other")
     assert make_segments.weights(tmp_path) != was
     for path in shards:
         path.unlink()
-    assert make_segments.weights(tmp_path) == common.fingerprint(tmp_path / "pytorch_model.bin")
+    assert make_segments.weights(tmp_path) == plain_files.fingerprint(tmp_path / "pytorch_model.bin")
 
 
 def test_crops_have_an_area_and_cover_the_picture():
@@ -690,7 +691,7 @@ def test_sams_masks_are_those_of_one_point_at_a_time(sam, tmp_path, monkeypatch,
     image = np.array(Image.fromarray(np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)).resize((90, 60), Image.BICUBIC))
     monkeypatch.setattr(sys, "argv", ["make_segments.py", "--data", "x", "--out", str(tmp_path), "--sam", str(sam), *SAM, "--covered", "0.8", *flags, "--points-per-batch", "5", "--device", "cpu"])
     args = make_segments.parse()
-    segmenter = make_segments.Sam(args, common.Env(args))
+    segmenter = make_segments.Sam(args, processes.Env(args))
     near(segmenter.model, [3.0, 5.0, 7.0])
     monkeypatch.setattr(make_segments, "AT_ONCE", 3 * 64 * 64)                      # three masks at full size at a time
     want, found = one_point_at_a_time(segmenter, image, args), segmenter(image)
@@ -748,7 +749,7 @@ def test_the_command_with_sam(sam, voc, tmp_path):
     done = call("make_segments.py", *flags, tmp_path / "a", "--points-per-batch", "3")                           # goes on
     assert done.returncode == 0, done.stderr
     note = json.loads((tmp_path / "a/segments.json").read_text())
-    assert note["segments"] >= 5 and note["weights"] == common.fingerprint(sam / "model.safetensors")
+    assert note["segments"] >= 5 and note["weights"] == plain_files.fingerprint(sam / "model.safetensors")
     call("make_segments.py", *flags, tmp_path / "b", "--nms", "1", "--covered", "0")                             # nothing is too alike: also parts
     more = json.loads((tmp_path / "b/segments.json").read_text())
     assert more["segments"] == sum(more["levels"]) > note["segments"] and min(more["levels"]) > 0

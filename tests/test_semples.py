@@ -9,7 +9,8 @@ import torch
 from conftest import CLASSES, LABELS, call, make_folder, refused, rows, run_together, same, weights
 from test_published import coco, coco_match
 
-from wsss import clip_model, common, data, generator, losses
+from plumbing import flags as flag_types, folders, log as logs, maps as map_files, processes, samples as sampling
+from wsss import clip_model, generator, losses
 
 SHARED = ["--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0"]
 TRAIN = ["--epochs", "2", "--batch-size", "2", "--log-every", "1", "--crop", "24"]
@@ -65,7 +66,7 @@ def test_only_head_and_fusion_of_S_train(world):
 
 
 def test_all_of_S_trains_from_labels_and_on_demand(world, tmp_path):
-    common.seed_all(0)                                                           # as Env does
+    processes.seed_all(0)                                                           # as Env does
     fresh, trained = generator.build_generator("deit_tiny", 3).state_dict(), weights(world / "first/cls.pt")
     assert {k for k in fresh if torch.equal(fresh[k], trained[k])} == {"norm.weight", "norm.bias"}
     out = copy_inputs(world, tmp_path / "out", "match")
@@ -82,9 +83,9 @@ def test_prompts_learn(world):
 
 def test_logged_loss_is_the_equation_on_that_batch(world):
     """The first line of match.jsonl against Eq. 1 written out: the batch, the crops and the weights are known by the seed."""
-    folder = data.Folder(world / "data")
-    samples = data.Samples(folder, folder.ids("train"), data.train_transform(24, randaugment=True, erase=0.25))
-    batches = data.Batches(5, 2, common.Env(common.parser("").parse_args(["--data", "x", "--out", str(world / "out"), "--device", "cpu"])))
+    folder = folders.Folder(world / "data")
+    samples = sampling.Samples(folder, folder.ids("train"), sampling.train_transform(24, randaugment=True, erase=0.25))
+    batches = sampling.Batches(5, 2, processes.Env(flag_types.parser("").parse_args(["--data", "x", "--out", str(world / "out"), "--device", "cpu"])))
     clip = clip_model.load_clip(world / "clip.pt")
     S = generator.load_generator(world / "out/cls.pt").eval()
     values, sims, masks = [], [], []
@@ -107,15 +108,15 @@ def test_logged_loss_is_the_equation_on_that_batch(world):
 
 def test_vision_prototypes_in_place_of_texts_and_prompts(world, tmp_path):
     """First lines of match.jsonl and refine.jsonl under --targets vision: u_f is W's row, u_b the background row nearest to v_b."""
-    folder, out = data.Folder(world / "data"), copy_inputs(world, tmp_path / "out", "match")
+    folder, out = folders.Folder(world / "data"), copy_inputs(world, tmp_path / "out", "match")
     done = call("vpl.py", "--data", world / "data", "--out", out, *SHARED, "--clip", world / "clip.pt", "--steps", "3", "--lr", "0.1", "--phi", "0.6")
     assert done.returncode == 0, done.stderr
     for script, stage, start in (("train_match.py", "match", "cls"), ("train_refine.py", "refine", "match")):
         done = call(script, *flags(script, world, out, "--targets", "vision"))
         assert done.returncode == 0, done.stderr
         W = torch.load(out / "prototypes.pt", weights_only=True)["model"]["prototypes"]
-        samples = data.Samples(folder, folder.ids("train"), data.train_transform(24, randaugment=True, erase=0.25))
-        batches = data.Batches(5, 2, common.Env(common.parser("").parse_args(["--data", "x", "--out", str(out), "--device", "cpu"])))
+        samples = sampling.Samples(folder, folder.ids("train"), sampling.train_transform(24, randaugment=True, erase=0.25))
+        batches = sampling.Batches(5, 2, processes.Env(flag_types.parser("").parse_args(["--data", "x", "--out", str(out), "--device", "cpu"])))
         clip, S = clip_model.load_clip(world / "clip.pt"), generator.load_generator(out / f"{start}.pt").eval()
         match, refine = [], []
         for image, labels, _ in (samples[key] for key in next(iter(batches))):
@@ -202,7 +203,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, s
     noise = [] if stage == "prompts" else ["--drop-path", "0.5"]
     whole, out = copy_inputs(world, tmp_path / "whole", stage), copy_inputs(world, tmp_path / "out", stage)
     assert call(script, *flags(script, world, whole, *noise)).returncode == 0
-    steps, add = [], common.Meter.add
+    steps, add = [], logs.Meter.add
 
     def strike(*args, **values):
         add(*args, **values)
@@ -210,7 +211,7 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, s
         if len(steps) == 3:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(common.Meter, "add", strike)
+    monkeypatch.setattr(logs.Meter, "add", strike)
     done = call(script, *flags(script, world, out, *noise))
     assert done.returncode == 130 and f"step 1 of epoch 2 is saved in {out / stage}.last.pt" in done.stderr and "the same command" in done.stderr, done.stderr
     assert not (out / f"{stage}.pt").exists() and not list(out.glob(".*"))
@@ -277,7 +278,7 @@ def maps(world):
 
 def test_maps_are_scales_and_flips_summed(world, maps):
     S = generator.load_generator(world / "out/refine.pt").eval()
-    folder = data.Folder(world / "data")
+    folder = folders.Folder(world / "data")
     image = folder.image("a_2")                                                  # classes 1 and 2, 34 x 40
     total = 0
     with torch.no_grad():
@@ -288,7 +289,7 @@ def test_maps_are_scales_and_flips_summed(world, maps):
                 m = torch.nn.functional.interpolate(m, (34, 40), mode="bilinear")[0, 1:]
                 total = total + (m.flip(2) if flip else m)
     want = torch.stack([(m - m.min()) / (m.max() - m.min() + 1e-8) for m in total])
-    classes, cam = data.load_cam(maps / "a_2.npy", [0, 1, 1])
+    classes, cam = map_files.load_cam(maps / "a_2.npy", [0, 1, 1])
     assert classes.tolist() == [1, 2] and np.abs(cam - want.numpy()).max() < 1e-3
     assert np.load(maps / "a_3.npy").shape == (0, 30, 40)                         # no class: no map, an ordinary picture
 

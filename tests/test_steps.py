@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import CLASSES, ROOT
 
-from wsss import clip_model, data, generator
+from wsss import clip_model, generator, texts
 
 sys.path.append(str(ROOT / "bench"))
 import steps  # noqa: E402
@@ -25,7 +25,7 @@ def test_plain_and_here_have_the_same_loss_and_gradients(tiny_clip, name):
     assert labels.sum(0).tolist() == [2, 1, 0]
     values, gradients = [], []
     for side in ("plain", "here"):
-        made = steps.SIDES[side](clip_model.read_clip(tiny_clip), copy.deepcopy(S), vectors, data.class_texts(CLASSES), contextlib.nullcontext)
+        made = steps.SIDES[side](clip_model.read_clip(tiny_clip), copy.deepcopy(S), vectors, texts.class_texts(CLASSES), contextlib.nullcontext)
         loss = getattr(made, "prompt" if side == "plain" and name == "stored" else name)(images, labels)
         loss.backward()
         values.append(loss.detach())

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, call, refused
 
-from wsss import clip_model, common
+from plumbing import weights as weight_files
+from wsss import clip_model
 
 
 def hub(root, content, name=None):
@@ -32,17 +33,17 @@ def test_a_download_from_the_hub_is_checked(tmp_path, monkeypatch):
         return str(made[name])
 
     monkeypatch.setitem(sys.modules, "huggingface_hub", SimpleNamespace(snapshot_download=snapshot_download))
-    assert common.from_hub("whole/swin") == str(made["whole/swin"]) and asked == [["*.json", "*.safetensors"]]
+    assert weight_files.from_hub("whole/swin") == str(made["whole/swin"]) and asked == [["*.json", "*.safetensors"]]
     with pytest.raises(ValueError, match="model.safetensors: its SHA-256 is not 9a129038d9a0.*removed, run the same command again"):
-        common.from_hub("torn/swin")
+        weight_files.from_hub("torn/swin")
     assert [path.name for path in made["torn/swin"].iterdir()] == ["config.json"] and not list((tmp_path / "b/blobs").iterdir())
-    assert common.from_hub("torn/swin") and asked[-1] == ["*.json", "pytorch_model*.bin"]                # the other kind, where there is no safetensors
+    assert weight_files.from_hub("torn/swin") and asked[-1] == ["*.json", "pytorch_model*.bin"]                # the other kind, where there is no safetensors
     with pytest.raises(ValueError, match=r"none/swin cannot be loaded: .*\(no such model\): give a model's name, with a connection, or the folder"):
-        common.from_hub("none/swin")
-    assert common.from_hub(tmp_path) == str(tmp_path)                                                     # a folder is somebody's own
+        weight_files.from_hub("none/swin")
+    assert weight_files.from_hub(tmp_path) == str(tmp_path)                                                     # a folder is somebody's own
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     with pytest.raises(ValueError, match="pip install transformers"):
-        common.from_hub("whole/swin")
+        weight_files.from_hub("whole/swin")
 
 
 def test_a_clip_of_another_checksum_does_not_stay(tmp_path, monkeypatch):

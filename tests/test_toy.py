@@ -15,7 +15,9 @@ from PIL import Image
 sys.path.append(str(ROOT / "bench"))
 import make_toy  # noqa: E402
 import toy_world  # noqa: E402
-from wsss import common, data, generator, toy  # noqa: E402
+from plumbing import checkpoints, folders  # noqa: E402
+from toy import drawings as toy  # noqa: E402
+from wsss import generator  # noqa: E402
 
 C = len(make_toy.CLASSES)
 
@@ -61,7 +63,7 @@ def test_same_seed_same_bytes_and_a_longer_set_begins_with_the_shorter(world, tm
 
 
 def test_layout_and_labels_agree_with_masks(world):
-    folder = data.Folder(world)
+    folder = folders.Folder(world)
     assert folder.classes == make_toy.CLASSES and folder.backgrounds == make_toy.GROUNDS
     assert [len(folder.ids(split)) for split in ("train", "val")] == [24, 8] and folder.ids("train")[:2] == ["toy_000000", "toy_000001"]
     assert not set(folder.ids("train")) & set(folder.ids("val"))
@@ -110,7 +112,7 @@ def test_weights_that_are_none(tmp_path):
 def test_a_full_disk_leaves_no_torn_picture(tmp_path):
     """The process's file size limit stands in for the disk: masks fit, JPEGs do not."""
     script = tmp_path / "small.py"
-    script.write_text("import resource, signal, sys, pathlib\nimport make_toy\nfrom wsss import common\n"
+    script.write_text("import resource, signal, sys, pathlib\nimport make_toy\nfrom plumbing import guard\n"
                       "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\nresource.setrlimit(resource.RLIMIT_FSIZE, (2500, 2500))\n"
                       "common.run(lambda: make_toy.write_pictures(pathlib.Path(sys.argv[1]), 0, 2, 1, 96))\n")
     refused(run(script, tmp_path / "out", check=False), ".jpg: File too large")
@@ -201,7 +203,7 @@ def test_training_lowers_the_loss_and_beats_chance(tmp_path):
     losses = []
     model = make_toy.train_clip(seed=3, steps=30, batch=24, log=lambda step, loss, model: losses.append(loss))
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - .5
-    common.save(tmp_path / "toy_clip.pt", **make_toy.pack(model, make_toy.words()))
+    checkpoints.save(tmp_path / "toy_clip.pt", **make_toy.pack(model, make_toy.words()))
     back = clip.model.build_model(make_toy.unpack(torch.load(tmp_path / "toy_clip.pt", weights_only=True))).float()
     images, texts, *_ = make_toy.clip_batch(np.random.default_rng([3, 9]), 3, 8)
     with torch.no_grad():

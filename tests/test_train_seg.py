@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision import tv_tensors
 
 import train_seg
-from wsss import common, data, losses, segmenter
-from wsss import mask2former as m2f
+from plumbing import checkpoints, files, folders, masks as mask_files, processes, samples as sampling
+from wsss import losses, segmenter
+from hosts import mask2former as m2f
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 
@@ -78,11 +79,11 @@ def test_pixel_loss_is_the_mean_cross_entropy_of_labelled_pixels():
 
 def test_logged_loss_is_the_loss_of_that_batch(world):
     """The first line of seg.jsonl against loops over pixels: the batch, the crops and the weights are known by the seed."""
-    folder = data.Folder(world / "data")
-    samples = data.Samples(folder, folder.ids("train"), train_seg.transform(33, 0.5, 1.5), 0, lambda id: world / "masks" / f"{id}.png")
-    keys = next(iter(data.Batches(5, 2, SimpleNamespace(shard=list))))
+    folder = folders.Folder(world / "data")
+    samples = sampling.Samples(folder, folder.ids("train"), train_seg.transform(33, 0.5, 1.5), 0, lambda id: world / "masks" / f"{id}.png")
+    keys = next(iter(sampling.Batches(5, 2, SimpleNamespace(shard=list))))
     images, masks = (torch.stack(x) for x in list(zip(*(samples[key] for key in keys)))[:2])
-    common.seed_all(0)                                                                       # as Env does
+    processes.seed_all(0)                                                                       # as Env does
     model = segmenter.build_segmenter("deeplab_toy", 3, TRUNK)
     model.rest_batchnorm()
     losses, right, foreground = [], [], []
@@ -126,7 +127,7 @@ def test_batchnorm_trains_from_nothing_and_on_demand(world, tmp_path):
 def test_what_is_saved_loads_and_says_what_it_is(world):
     content = torch.load(world / "out/seg.pt", weights_only=True)
     assert content["stage"] == "seg" and content["classes"] == ["train", "boat", "cow"]
-    assert content["args"]["inputs"] == {"init": common.fingerprint(TRUNK), "masks": common.folder_fingerprint(world / "masks")}
+    assert content["args"]["inputs"] == {"init": files.fingerprint(TRUNK), "masks": files.folder_fingerprint(world / "masks")}
     assert segmenter.load_segmenter(world / "out/seg.pt")(torch.rand(1, 3, 30, 40)).shape == (1, 4, 30, 40)
 
 
@@ -135,8 +136,8 @@ def test_the_network_learns(world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
     shutil.copytree(world / "masks", tmp_path / "masks")
     for id in LABELS:
-        mask = data.load_mask(tmp_path / "masks" / f"{id}.png")
-        Image.fromarray(data.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
+        mask = mask_files.load_mask(tmp_path / "masks" / f"{id}.png")
+        Image.fromarray(mask_files.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
     done = call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--train-batchnorm", "--iterations", "28", "--batch-size", "5", "--min-scale", "1", "--max-scale", "1"))
     assert done.returncode == 0, done.stderr
     log = rows(tmp_path / "out/seg.jsonl")
@@ -180,7 +181,7 @@ def test_scales_and_flips_are_drawn():
 def test_steps_run_over_epochs():
     """Steps 4 to 9 over epochs of 4 batches, the last one cut; after a resume the same batches come."""
     env = SimpleNamespace(shard=list, device=torch.device("cpu"))
-    loader = lambda: data.loader(Numbers(), 2, env)
+    loader = lambda: sampling.loader(Numbers(), 2, env)
     whole = [(n, batch.tolist()) for n, batch in train_seg.stream(*loader(), 0, 9)]
     assert [n for n, _ in whole] == list(range(1, 10))
     assert sorted(sum((batch for _, batch in whole[:4]), [])) == list(range(8)) and whole[:4] != whole[4:8]
@@ -203,7 +204,7 @@ class Numbers(torch.utils.data.Dataset):
 # ---------------------------------------------------------------- interrupted, resumed, finished
 
 def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, monkeypatch):
-    saves, save_state = [], common.save_state
+    saves, save_state = [], checkpoints.save_state
 
     def killed(*args):
         save_state(*args)
@@ -211,7 +212,7 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, monkey
         if saves == [1, 2, 3]:                                                               # inside the second epoch
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "save_state", killed)
+    monkeypatch.setattr(checkpoints, "save_state", killed)
     done = call("train_seg.py", *flags(world, tmp_path, "--save-every", "1"))
     assert done.returncode == 130 and not (tmp_path / "seg.pt").exists()
     done = call("train_seg.py", *flags(world, tmp_path, "--save-every", "1"))
@@ -272,23 +273,23 @@ def test_masks_come_from_pseudo_unless_a_folder_is_given(world, tmp_path):
 def test_masks_without_a_label_have_no_loss(world, tmp_path):
     for id in LABELS:
         path = broken(world, tmp_path, id) if id == "a_1" else tmp_path / "masks" / f"{id}.png"
-        data.save_mask(path, np.full_like(data.load_mask(path), 255))
+        mask_files.save_mask(path, np.full_like(mask_files.load_mask(path), 255))
     done = call("train_seg.py", *flags(tmp_path, tmp_path / "out", "--weight-decay", "0"))
     assert done.returncode == 0, done.stderr
     assert all(row["loss"] == row["scored"] == 0 for row in rows(tmp_path / "out/seg.jsonl"))
-    common.seed_all(0)
+    processes.seed_all(0)
     assert same(weights(tmp_path / "out/seg.pt"), segmenter.build_segmenter("deeplab_toy", 3, TRUNK).state_dict())
 
 
 def test_wrong_masks_are_one_line(world, tmp_path):
     path = broken(world, tmp_path)
     run_it = lambda *more: call("train_seg.py", *flags(tmp_path, tmp_path / "out", *more))
-    mask = data.load_mask(path)
+    mask = mask_files.load_mask(path)
     path.unlink()
     refused(run_it(), "masks/a_2.png is missing, 1 of 5 masks are", "--label-dir")
-    data.save_mask(path, mask[:-2])
+    mask_files.save_mask(path, mask[:-2])
     refused(run_it(), "masks/a_2.png is 40x32, its picture 40x34: make the mask again")
-    data.save_mask(path, np.where(mask == 2, 7, mask))
+    mask_files.save_mask(path, np.where(mask == 2, 7, mask))
     refused(run_it(), "masks/a_2.png holds label 7, classes.txt has 3 classes")
     path.write_bytes(b"no picture")
     refused(run_it(), "masks/a_2.png is not a readable mask")
@@ -305,12 +306,12 @@ def test_wrong_flags_are_one_line(world, tmp_path):
 
 
 def test_processes_on_a_cpu_cannot_train_batchnorm(world, tmp_path, monkeypatch):
-    class Two(common.Env):
+    class Two(processes.Env):
         def __init__(self, args):
             super().__init__(args)
             self.world = 2
 
-    monkeypatch.setattr(common, "Env", Two)
+    monkeypatch.setattr(processes, "Env", Two)
     refused(call("train_seg.py", *flags(world, tmp_path, "--init", "none")), "several processes", "--no-train-batchnorm")
 
 
@@ -539,14 +540,14 @@ def test_a_picture_without_a_label_has_no_loss(mask2former):
 
 @pytest.mark.parametrize("model", BOTH)
 def test_networks_resume_bit_for_bit(world, networks, tmp_path, monkeypatch, model):
-    save_state = common.save_state
+    save_state = checkpoints.save_state
 
     def killed(*args):
         save_state(*args)
         if args[6] == 3:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(common, "save_state", killed)
+    monkeypatch.setattr(checkpoints, "save_state", killed)
     assert call("train_seg.py", *network_flags(world, tmp_path, model, "--save-every", "3")).returncode == 130
     monkeypatch.undo()
     assert call("train_seg.py", *network_flags(world, tmp_path, model)).returncode == 0
@@ -558,8 +559,8 @@ def test_networks_learn_two_pictures(world, tmp_path, model):
     shutil.copytree(world / "data", tmp_path / "data")
     shutil.copytree(world / "masks", tmp_path / "masks")
     for id in LABELS:
-        mask = data.load_mask(tmp_path / "masks" / f"{id}.png")
-        Image.fromarray(data.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
+        mask = mask_files.load_mask(tmp_path / "masks" / f"{id}.png")
+        Image.fromarray(mask_files.palette()[mask % 255] + 40).save(tmp_path / "data/JPEGImages" / f"{id}.jpg", quality=95)
     done = call("train_seg.py", *network_flags(tmp_path, tmp_path / "out", model, "--iterations", "16", "--limit", "2", "--optimizer", "adamw", "--lr", "3e-3",
                                                "--min-scale", "1", "--max-scale", "1", *(["--clamp-start", "0"] if model == "segmenter_toy" else [])))
     assert done.returncode == 0, done.stderr
@@ -576,7 +577,7 @@ def test_networks_are_evaluated(world, networks, tmp_path, model):
                 "--scales", "1", "3", "--flip", "--crf", "--save")                           # 120 pixels wide at scale 3: windows
     assert done.returncode == 0, done.stderr
     assert sorted(path.name for path in (world / model / "pred/val").glob("*.png")) == ["a_1.png", "a_2.png"]
-    assert data.load_mask(world / model / "pred/val/a_2.png", 3).shape == (34, 40)
+    assert mask_files.load_mask(world / model / "pred/val/a_2.png", 3).shape == (34, 40)
 
 
 @pytest.mark.parametrize("model", BOTH)
@@ -592,7 +593,7 @@ def test_gradients_are_clipped_at_their_own_length_and_points_differ(world, netw
     """As with a GPU's fp16: a scale of the loss, here a power of two, changes nothing. Every picture of every step has points of its own."""
     seeds, set_losses = [], losses.set_losses
     monkeypatch.setattr(losses, "set_losses", lambda *args: seeds.append(args[4].initial_seed()) or set_losses(*args))
-    monkeypatch.setattr(common.Env, "scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=1024.0))
+    monkeypatch.setattr(processes.Env, "scaler", lambda self: torch.amp.GradScaler("cpu", init_scale=1024.0))
     assert call("train_seg.py", *network_flags(world, tmp_path, "mask2former_toy")).returncode == 0
     assert same(weights(tmp_path / "seg.pt"), weights(world / "mask2former_toy/seg.pt"), 1e-5)
     assert len(seeds) == len(set(seeds)) == 10                                               # 5 steps of 2
@@ -611,7 +612,7 @@ def test_what_was_read_is_said_and_kept(mask2former, world, tmp_path):
     done, words = call("train_seg.py", *more), f"whole: {len(mask2former.state_dict()) - 3} tensors read; fresh are class_predictor (2), criterion (1)"
     assert done.returncode == 0 and words in done.stdout, done.stdout + done.stderr
     content, start = torch.load(tmp_path / "out/seg.pt", weights_only=True), tmp_path / "whole/model.safetensors"
-    assert words in content["origin"] and content["args"]["inputs"]["init"] == common.folder_fingerprint(tmp_path / "whole")
+    assert words in content["origin"] and content["args"]["inputs"]["init"] == files.folder_fingerprint(tmp_path / "whole")
     assert "is finished" in call("train_seg.py", *more).stdout
     for path in (start, tmp_path / "whole/config.json"):                                     # other weights, or another configuration, under the same name
         before, time = path.read_bytes(), path.stat().st_mtime_ns

@@ -9,7 +9,8 @@ import torch
 from conftest import CLASSES, LABELS, call, make_folder, refused, run_together
 
 import train_seg
-from wsss import clip_model, common, data, gradcam, losses, segmenter
+from plumbing import flags as flag_types, folders, maps as map_files, processes, samples as sampling
+from wsss import clip_model, gradcam, losses, segmenter, texts as names
 
 C, GROUNDS = 3, ["rails", "water", "grass", "sky"]
 
@@ -61,8 +62,8 @@ def features(out):
 
 def expected(world, id, affinity=True, kind="patch"):
     """Features and marked class of every patch of a picture, -1 for none, the rule written as a loop. -> (N, D), (N,)"""
-    clip, folder = clip_model.load_clip(world / "clip.pt"), data.Folder(world / "data")
-    texts = clip.encode_text(data.class_texts(CLASSES + GROUNDS, "a clean origami {}."))
+    clip, folder = clip_model.load_clip(world / "clip.pt"), folders.Folder(world / "data")
+    texts = clip.encode_text(names.class_texts(CLASSES + GROUNDS, "a clean origami {}."))
     x, attention, grid = gradcam.last_inputs(clip, folder.image(id)[None])
     present = torch.tensor(LABELS[id], dtype=torch.long)
     competes = torch.tensor([[n in LABELS[id] or n >= C for n in range(C + len(GROUNDS))]])
@@ -87,7 +88,7 @@ def test_prototypes_of_classes_and_backgrounds_of_unit_length(world):
     assert (made["tau_t"], made["tau_i"]) == (0.02, 0.03)
     assert W.shape == Z.shape == (7, 16) and W.dtype == Z.dtype == torch.float32
     torch.testing.assert_close(W.norm(dim=1), torch.ones(7))
-    torch.testing.assert_close(Z, clip_model.load_clip(world / "clip.pt").encode_text(data.class_texts(CLASSES + GROUNDS, "a clean origami {}.")))
+    torch.testing.assert_close(Z, clip_model.load_clip(world / "clip.pt").encode_text(names.class_texts(CLASSES + GROUNDS, "a clean origami {}.")))
     mean = torch.from_numpy(np.concatenate([x for x, _ in features(world / "out").values()]).mean(0))
     for name, prototypes in (("before", Z), ("after", W)):
         assert made["gap"][name] == pytest.approx((mean - prototypes.double().mean(0)).norm().item(), abs=1e-6)
@@ -235,9 +236,9 @@ def test_killed_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, kill, 
         return whole(path, *args, **content)
 
     name = "atomic" if kill == "features" else "save"
-    whole = getattr(common, name)
+    whole = getattr(checkpoints, name)
     with monkeypatch.context() as patch:
-        patch.setattr(common, name, killed)
+        patch.setattr(checkpoints, name, killed)
         done = call("vpl.py", *flags(world, tmp_path))
     assert done.returncode == 130 and "nothing finished is lost" in done.stderr and not (tmp_path / "prototypes.pt").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in tmp_path.glob("features/*.npy")}
@@ -314,14 +315,14 @@ def test_maps_are_the_gradcam_of_each_picture(world, tmp_path, source):
     assert done.returncode == 0, done.stderr
     made = torch.load(world / "out/prototypes.pt", weights_only=True)
     columns, tau = (made["model"]["text"], 0.02) if source == "text" else (made["model"]["prototypes"], 0.03)
-    clip, folder = clip_model.load_clip(world / "clip.pt"), data.Folder(world / "data")
+    clip, folder = clip_model.load_clip(world / "clip.pt"), folders.Folder(world / "data")
     for id, present in LABELS.items():
         image = folder.image(id)
         x, attention, grid = gradcam.last_inputs(clip, image[None])
         competes = torch.tensor([[n in present or n >= C for n in range(C + len(GROUNDS))]])
         k = torch.tensor(present, dtype=torch.long)
         maps = gradcam.refine(gradcam.gradcam(clip, x, grid, columns, competes, 0 * k, k, 1 / tau), gradcam.affinity(attention), 0 * k, 0.4)
-        maps = data.resize_maps(maps, image.shape[1:])
+        maps = map_files.resize_maps(maps, image.shape[1:])
         low, high = maps.amin((1, 2), keepdim=True), maps.amax((1, 2), keepdim=True)
         stored = np.load(world / f"out/cam_{source}/{id}.npy")
         assert stored.shape == (len(present), *image.shape[1:]) and np.abs(stored - ((maps - low) / (high - low)).numpy()).max(initial=0) < 2e-3
@@ -390,13 +391,13 @@ def test_decoder_compares_its_pixels_with_the_prototypes(world, decoded):
 
 def test_logged_losses_are_equations_12_to_14(world, decoded):
     """The first line of seg.jsonl: the batch, the crops and the fresh weights are known by the seed."""
-    folder, W = data.Folder(world / "data"), torch.load(decoded / "prototypes.pt", weights_only=True)["model"]["prototypes"]
-    args = common.parser("").parse_args(["--data", "x", "--out", str(decoded), "--device", "cpu"])
-    env, clip = common.Env(args), clip_model.load_clip(world / "clip.pt")
+    folder, W = folders.Folder(world / "data"), torch.load(decoded / "prototypes.pt", weights_only=True)["model"]["prototypes"]
+    args = flag_types.parser("").parse_args(["--data", "x", "--out", str(decoded), "--device", "cpu"])
+    env, clip = processes.Env(args), clip_model.load_clip(world / "clip.pt")
     content = torch.load(decoded / "prototypes.pt", weights_only=True)
     model = segmenter.build_decoder(lambda images: gradcam.block_outputs(clip, images), 64, 1, content, 16).train()
-    samples = data.Samples(folder, folder.ids("train"), train_seg.transform(32, 0.5, 1.5), 0, lambda id: folder.root / f"SegmentationClass/{id}.png")
-    images, masks, _ = samples.collate([samples[key] for key in next(iter(data.Batches(5, 3, env)))])
+    samples = sampling.Samples(folder, folder.ids("train"), train_seg.transform(32, 0.5, 1.5), 0, lambda id: folder.root / f"SegmentationClass/{id}.png")
+    images, masks, _ = samples.collate([samples[key] for key in next(iter(sampling.Batches(5, 3, env)))])
     with torch.no_grad():
         logits, coarse, v = model(images)
     ce = torch.nn.functional.cross_entropy(logits, masks, ignore_index=255)
