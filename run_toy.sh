@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# The whole pipeline on the embedded toy world, on a CPU, from nothing. A second call skips what is finished, an interrupted one goes on.
-#   bash run_toy.sh                  data in data/toy, results in runs/toy; what follows goes to every stage: --workers 2, --device cuda --amp bf16
-#   SEED=1 bash run_toy.sh           another seed, in runs/toy_seed1
-#   LOOK=1 bash run_toy.sh           24 pictures and one epoch a stage, in data/toy_look and runs/toy_look: does everything run?
+# The whole pipeline on the embedded toy world, on a CPU, from nothing. A second call skips what is finished.
+#   bash run_toy.sh          data in data/toy, results in runs/toy; what follows goes to every stage
+#   SEED=1 bash run_toy.sh   another seed, in runs/toy_seed1
+#   LOOK=1 bash run_toy.sh   24 images, one epoch a stage, in data/toy_look and runs/toy_look: does it all run?
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 SEED=${SEED:-0} name=toy${LOOK:+_look}
@@ -10,8 +10,9 @@ DATA=${DATA:-data/$name}
 [ "$SEED" = 0 ] || name=${name}_seed$SEED
 OUT=${OUT:-runs/$name}
 
-# The toy recipe, a line a stage; bench/ablation.py reads it from here. Threshold .4 of the maps was fixed before anything was measured.
-PICTURES="--train 384 --val 128"
+# The toy recipe, a line a stage, read from here by ablations/. The threshold .4 was fixed before any
+# measurement.
+IMAGES="--train 384 --val 128"
 SHARED="--split train --workers 0 --amp off"
 CLS="--generator cnn_toy --no-train-backbone --crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 8 --lr 1e-3 --warmup 1"
 MATCH="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3 --lambda-b 0.75"
@@ -21,18 +22,21 @@ THRESHOLD="--threshold 0.4"
 MASKS="--preset deeplab"
 SEGMENTS="--source felzenszwalb --min-area 10"
 VOTE="--power 1"
-SEG="--model deeplab_toy --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8 --iterations 240 --lr 1e-4"
+SEG="--model deeplab_toy --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8
+    --iterations 240 --lr 1e-4"
 PREDICT="--scales 1 --batch-size 32 --no-crf"
 LOCALISE="--no-affinity --prompt single --tau-t 0.0665"
 PROTOTYPES="--tau-i 0.1995 --no-label-mask --no-background-pixels --features value --steps 300"
-DECODER="--model clip_decoder --lambda-rsc 0.1 --optimizer adamw --lr 2e-3 --width 64 --crop 96 --min-scale 1 --max-scale 1 --batch-size 8 --iterations 500"
+DECODER="--model clip_decoder --lambda-rsc 0.1 --optimizer adamw --lr 2e-3 --width 64 --crop 96 --min-scale 1
+    --max-scale 1 --batch-size 8 --iterations 500"
 
 if [ -n "${LOOK:-}" ]; then
-    PICTURES="--train 24 --val 8"
-    CLS="$CLS --epochs 1" MATCH="$MATCH --epochs 1" PROMPT="$PROMPT --epochs 1" REFINE="$REFINE --epochs 1" SEG="$SEG --iterations 4" DECODER="$DECODER --iterations 4"
+    IMAGES="--train 24 --val 8"
+    CLS="$CLS --epochs 1" MATCH="$MATCH --epochs 1" PROMPT="$PROMPT --epochs 1" REFINE="$REFINE --epochs 1"
+    SEG="$SEG --iterations 4" DECODER="$DECODER --iterations 4"
 fi
 
-stage make_toy.py --out "$DATA" $PICTURES
+stage make_toy.py --out "$DATA" $IMAGES
 stage prepare_data.py check "$DATA"
 
 shared=(--data "$DATA" --out "$OUT" --seed "$SEED" $SHARED) clip=(--clip "$DATA/clip.pt") more=("$@")
@@ -50,8 +54,9 @@ stage eval.py "${shared[@]}" --what pseudo
 
 # Masks from segments instead of the CRF, as FMA-WSSS makes them of SAM's; superpixels stand in for SAM.
 if "$PYTHON" -c 'import skimage' 2>/dev/null; then
-    stage make_segments.py "${shared[@]}" $SEGMENTS
-    stage make_pseudo.py "${shared[@]}" --cam cam_refine --segments "$OUT/segments" $VOTE --pseudo pseudo_segments
+    stage -m hosts.make_segments "${shared[@]}" $SEGMENTS
+    stage make_pseudo.py "${shared[@]}" --cam cam_refine --segments "$OUT/segments" $VOTE --pseudo \
+        pseudo_segments
     stage eval.py "${shared[@]}" --what pseudo --pseudo pseudo_segments
 else
     echo "== no scikit-image here (pip install scikit-image): the masks from segments are left out"
@@ -60,7 +65,8 @@ fi
 stage train_seg.py "${shared[@]}" $SEG --init "$DATA/backbone.pt"
 stage eval.py "${shared[@]}" --split val --what seg $PREDICT --save
 
-# VPL, in a folder of its own: its network is another seg.pt. Text maps at both temperatures: a softer softmax alone changes maps.
+# VPL, in a folder of its own: its network is another seg.pt. Text maps at both temperatures: a softer softmax
+# alone changes maps.
 shared=(--data "$DATA" --out "$OUT/vpl" --seed "$SEED" $SHARED)
 stage vpl.py "${shared[@]}" "${clip[@]}" $LOCALISE $PROTOTYPES
 stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source text --cam cam_text
@@ -75,4 +81,5 @@ stage train_seg.py "${shared[@]}" "${clip[@]}" $DECODER
 stage eval.py "${shared[@]}" --split val --what seg $PREDICT --save
 
 stage report.py --data "$DATA" --out "$OUT" --split train --workers 0 --amp off
-echo "== look at $OUT/report.html; $OUT/sheets/*.png and $OUT/vpl/sheets/*.png (maps), $OUT/pseudo and $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"
+echo "== look at $OUT/report.html (the whole run), $OUT/sheets/*.png and $OUT/vpl/sheets/*.png (maps),"
+echo "   $OUT/pseudo, $OUT/pred (masks), $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import write  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import write  # noqa: E402
 import make_pseudo  # noqa: E402
 from plumbing import maps as map_files, processes as ranks  # noqa: E402
 from toy import drawings as toy  # noqa: E402

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import write  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import write  # noqa: E402
 from maps import alternate, ratio  # noqa: E402
 import eval as stage  # noqa: E402
 from plumbing import folders, maps as map_files, masks, processes  # noqa: E402

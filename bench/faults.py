@@ -35,7 +35,7 @@ import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "bench")]
-from ablation import write  # noqa: E402
+from ablations.pairs import write  # noqa: E402
 
 import wsss  # noqa: E402
 from plumbing import files as plain_files, guard, log  # noqa: E402

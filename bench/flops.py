@@ -23,8 +23,8 @@ from clip.model import CLIP
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import stage  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import stage  # noqa: E402
 from plumbing import checkpoints  # noqa: E402
 from wsss import clip_model, generator  # noqa: E402
 

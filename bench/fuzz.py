@@ -42,7 +42,7 @@ sys.path.insert(0, str(ROOT))                            # before bench/, whose 
 import prepare_data  # noqa: E402
 import report  # noqa: E402
 import vpl  # noqa: E402
-from hosts import segments  # noqa: E402
+from plumbing import segments  # noqa: E402
 from plumbing import checkpoints as stored, files, folders, foreign, guard, images as image_files, log as logs, maps as map_files, masks  # noqa: E402
 from wsss import clip_model, generator, gradcam, segmenter, texts  # noqa: E402
 
@@ -478,7 +478,7 @@ def read_folder(path):
     if path.name == "train.txt":
         path.replace(root / "ImageSets" / "Segmentation" / "train.txt")
     folder = folders.Folder(root)
-    names = folder.classes + folder.backgrounds + texts.class_texts(folder.classes)
+    names = folder.classes + (folder.backgrounds or []) + texts.class_texts(folder.classes)
     ids = folder.ids("train") if path.name == "train.txt" else []
     labels = folder.labels(["a_1"]) if path.name == "labels.txt" else None
     return (all(name and len(name) < 200 and folders.printable(name) for name in names) and all((root / "x" / id).resolve().parent == (root / "x").resolve() for id in ids)
@@ -487,7 +487,7 @@ def read_folder(path):
 
 def read_picture(path):
     image = image_files.load_image(path)
-    return image.mode == "RGB" and image.size[::-1] == image_files.picture_size(path) and image.width * image.height <= image_files.PIXELS
+    return image.mode == "RGB" and image.size[::-1] == image_files.image_size(path)
 
 
 def read_mask(path):
@@ -501,7 +501,7 @@ def read_map(path):
 
 
 def read_segments(path):
-    return all(s.mask.any() and 0 <= s.level <= 2 for s in segments.load_segments(path, SIZE, foreign.FmaReader))
+    return all(s.mask.any() and 0 <= s.level <= 2 for s in segments.load_segments(path, SIZE))
 
 
 def read_generator(path):
@@ -836,9 +836,8 @@ def main():
                 (args.out / f"{name.replace(', ', '_')}_{number}").write_bytes(Cases(name, args.seed).content(number))
     print(table(found))
     if args.write:
-        sys.path.append(str(ROOT / "bench"))
-        import ablation
-        ablation.write("bench/fuzz.py", table(found))
+        from ablations.pairs import write
+        write("bench/fuzz.py", table(found))
     sys.exit(1 if failures else 0)
 
 

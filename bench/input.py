@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import stage  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import stage  # noqa: E402
 from flops import make_inputs  # noqa: E402
 from plumbing import folders, images as image_files, samples as sampling  # noqa: E402
 

@@ -25,8 +25,8 @@ import torch
 import torch.nn.functional as F
 from clip.model import CLIP
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import write  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import write  # noqa: E402
 from make_cam import maps_of  # noqa: E402
 from wsss import clip_model, generator, gradcam  # noqa: E402
 

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import recipe, stage, write  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import recipe, stage, write  # noqa: E402
 from plumbing import checkpoints, processes  # noqa: E402
 from wsss import clip_model, generator  # noqa: E402
 

@@ -26,8 +26,8 @@ import numpy as np
 import torch
 from clip.model import CLIP
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import stage  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import stage  # noqa: E402
 from flops import make_inputs  # noqa: E402
 from input import Ready, photograph  # noqa: E402
 from plumbing import checkpoints, masks as mask_files  # noqa: E402

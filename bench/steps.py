@@ -39,8 +39,8 @@ import torch.nn.functional as F
 from clip.model import CLIP
 from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.append(str(Path(__file__).resolve().parent))
-from ablation import write  # noqa: E402
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from ablations.pairs import write  # noqa: E402
 import train_prompt  # noqa: E402
 from plumbing import folders, processes  # noqa: E402
 from wsss import clip_model, generator, losses, texts as names  # noqa: E402

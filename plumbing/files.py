@@ -1,4 +1,8 @@
-"""Whole files, JSON, hashes, and plain files that are checked before they are read."""
+"""Whole files, JSON, hashes, lists of lines, plain arrays. Everything here raises errors that name the file.
+
+    with files.atomic(path) as beside:          # a file that exists is whole
+        beside.write_text("...")
+"""
 import contextlib
 import errno
 import hashlib
@@ -11,13 +15,19 @@ from pathlib import Path
 
 import numpy as np
 
-
 ROOT = Path(__file__).resolve().parent.parent
 MADE_BY = {  # finished weights -> the script to run when they are missing
-    "cls.pt": "train_cls.py", "match.pt": "train_match.py", "prompts.pt": "train_prompt.py", "refine.pt": "train_refine.py",
-    "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
+    "cls.pt": "train_cls.py", "match.pt": "train_match.py", "prompts.pt": "train_prompt.py",
+    "refine.pt": "train_refine.py", "prototypes.pt": "vpl.py", "seg.pt": "train_seg.py",
 }
 
+
+def maker(path):
+    """The script that makes a file of the output folder."""
+    return MADE_BY.get(Path(path).name, "the stage that makes it")
+
+
+# ---------------------------------------------------------------- writing
 
 @contextlib.contextmanager
 def atomic(path):
@@ -29,7 +39,7 @@ def atomic(path):
     except OSError as error:                                  # PIL, numpy and torch do not say which file
         raise OSError(error.errno or errno.ENOSPC, error.strerror or str(error), str(path)) from error
     finally:
-        with contextlib.suppress(OSError):                    # what went wrong before is what is told
+        with contextlib.suppress(OSError):                    # the first error is the one to report
             beside.unlink(missing_ok=True)
 
 
@@ -38,101 +48,91 @@ def save_json(path, content):
         beside.write_text(json.dumps(content, indent=1) + "\n")
 
 
+# ---------------------------------------------------------------- hashes
+
 def sha256(path):
-    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
 
 
 def fingerprint(path):
-    """The first 16 digits of a file's SHA-256: says which weights made a result."""
-    return sha256(path)[:16]
+    """Says which file or folder made a result; None where there is none (a name to download).
+
+    Of a file, the start of its SHA-256. Of a folder of ours, what its recipe.json says; of another folder,
+    the names, sizes and times of its files, since their contents may be many gigabytes."""
+    path = Path(path)
+    if path.is_file():
+        return sha256(path)[:16]
+    if (path / "recipe.json").exists():
+        return read_json(path / "recipe.json").get("fingerprint")
+    if not path.is_dir():
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("[!.]*")):
+        if file.is_file():
+            facts = file.stat()
+            name = file.relative_to(path).as_posix()
+            digest.update(f"{name}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
+    return digest.hexdigest()[:16]
 
 
-class Found(dict):
-    """What a file holds: a name it lacks is the file's fault, not a bug."""
-
-    def __init__(self, path, content):
-        super().__init__(content)
-        self.path = path
-
-    def __missing__(self, name):
-        raise ValueError(f"{self.path} has no {name!r}: remove it and run {MADE_BY.get(Path(self.path).name, 'its stage')} again")
-
+# ---------------------------------------------------------------- reading
 
 def read_json(path):
-    """The object in a JSON file."""
+    """The object in a JSON file of ours."""
     try:
-        if not Path(path).is_file() or Path(path).stat().st_size > 1 << 24:
-            raise ValueError("no file, or a large one")
-        content = json.loads(Path(path).read_bytes())
-        if not isinstance(content, dict) or not isinstance(content.get("args", {}), dict):
-            raise ValueError("no object with names")
-    except (ValueError, RecursionError) as error:             # RecursionError: nested without end
-        raise ValueError(f"{path} is not JSON of ours ({str(error)[:200]}): remove it and run its stage again") from None
-    return Found(path, content)
-
-
-def folder_fingerprint(folder):
-    """The same of a folder's files below it, by name, size and time of the last change: their contents may be many gigabytes."""
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("[!.]*")):
-        if path.is_file():
-            facts = path.stat()
-            digest.update(f"{path.relative_to(folder).as_posix()}\0{facts.st_size}\0{facts.st_mtime_ns}\0".encode())
-    return digest.hexdigest()[:16]
+        content = json.loads(regular(path, 1 << 26).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("not an object with names")
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON of this project ({first_line(error)}): "
+                         "remove it and run its stage again") from None
+    return content
 
 
 def read_lines(path):
     """Lines of a text file; CRLF and a byte order mark are ordinary."""
-    content = Path(regular(path, 1 << 26)).read_bytes()
-    if (count := content.count(b"\n") + content.count(b"\r") - content.count(b"\r\n")) > 2_000_000:       # before they are made: a short line takes 60 bytes
-        raise ValueError(f"{path} has {count:,} lines: is it a list, an entry a line?")
     try:
-        text = content.decode("utf-8-sig")
+        return regular(path, 1 << 28).read_bytes().decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text: save it as UTF-8") from None
-    if re.search(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029]", text):
-        raise ValueError(f"{path} holds control characters: save it as plain UTF-8 text")
-    lines = text.splitlines()
-    if (longest := max(map(len, lines), default=0)) > 100_000:
-        raise ValueError(f"{path} has a line of {longest:,} characters: is it a list, an entry a line?")
-    return lines
 
 
 def read_header(file):
-    """-> (shape, fortran, dtype) of a .npy, `file` then at its numbers. Python's parser reads the header: it is short, or refused."""
+    """-> (shape, fortran, dtype) of a .npy; `file` is then at its numbers."""
     version = np.lib.format.read_magic(file)
-    width = 2 if version == (1, 0) else 4
-    if int.from_bytes(file.read(width), "little") > 10_000:
-        raise ValueError("its header is no array's")
-    file.seek(-width, os.SEEK_CUR)
-    return (np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0)(file)
+    if version == (1, 0):
+        return np.lib.format.read_array_header_1_0(file)
+    return np.lib.format.read_array_header_2_0(file)
 
 
 def read_npy(path):
-    """A plain array; its file must be as long as its header says, before there is room for it."""
+    """A plain array, whose file must be as long as its header says."""
     with open(regular(path), "rb") as file:
         shape, _, dtype = read_header(file)
         if dtype.hasobject:
             raise ValueError("it holds objects")
-        if any(n < 0 for n in shape) or math.prod(shape) * dtype.itemsize != os.fstat(file.fileno()).st_size - file.tell():
-            raise ValueError("it is torn, or longer than it says")
+        if math.prod(shape) * dtype.itemsize != os.fstat(file.fileno()).st_size - file.tell():
+            raise ValueError("it is torn")
     return np.load(path, allow_pickle=False)
 
 
 def regular(path, most=1 << 34):
-    """`path`, of a file with an end: a pipe or a device would be read forever."""
+    """`path`, if it is a file of at most `most` bytes: a pipe or a device would be read forever."""
+    path = Path(path)
     facts = os.stat(path)
     if not stat.S_ISREG(facts.st_mode):
-        raise ValueError(f"{path} is no file but a folder, a pipe or a device: put the file there")
+        raise ValueError(f"{path} is not a file but a folder, a pipe or a device: put the file there")
     if facts.st_size > most:
-        raise ValueError(f"{path} has {facts.st_size:,} bytes, at most {most:,} are read: is it another file?")
+        raise ValueError(f"{path} has {facts.st_size:,} bytes, at most {most:,} are read: "
+                         "is it another file?")
     return path
 
 
-def why(error):
-    """The first line of what a library says of a foreign file, for a message of one line."""
-    return re.sub(r"[\x00-\x1f\x7f]", " ", f"{error}".strip().partition("\n")[0])[:200].strip() or type(error).__name__
+def first_line(error):
+    """The first line of what a library says of a foreign file."""
+    line = re.sub(r"[\x00-\x1f\x7f]", " ", str(error).strip().partition("\n")[0])
+    return line[:200].strip() or type(error).__name__

@@ -1,7 +1,5 @@
-"""Pictures: decoding, sizes, tensors."""
+"""Images: decoded as a viewer shows them, their sizes, tensors."""
 import contextlib
-import re
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -9,85 +7,68 @@ from PIL import Image
 
 from plumbing import files
 
-
-PICTURES = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")                    # what lies under these endings; Pillow's other decoders are not asked
-PIXELS = 1 << 26                                                   # of a picture, at most: 8192 x 8192, 20,000 x 3,355; a file of a few bytes can claim any number
-SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e][\x01-\x04]")           # a JPEG's: marker, length 2 n + 6, n components; a phone appends films, which hold the marker by chance
-
-
-def header(path, formats=FORMATS):
-    """A picture of which the header is read, and its pixels are not yet."""
-    image = Image.open(files.regular(path, 1 << 28), formats=formats)
-    if image.width * image.height > PIXELS or max(image.size) > 65_535:    # a row costs memory, too
-        image.close()
-        raise ValueError(f"{image.width}x{image.height} are more than {PIXELS:,} pixels, or a side of more than 65,535: make it smaller")
-    return image
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".JPG", ".JPEG", ".PNG")
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")       # found under these endings; Pillow's EPS runs a program
+TURNS = dict(zip(range(2, 9), (                       # EXIF orientation -> what undoes it
+    Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM,
+    Image.Transpose.TRANSPOSE, Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE,
+    Image.Transpose.ROTATE_90)))
 
 
 @contextlib.contextmanager
-def opened(path):
-    """A picture's file with its header read. Whatever is wrong with it, here or while its pixels are read, is one line."""
+def opened(path, kind="image", formats=FORMATS):
+    """An image's file with its header read. An error, here or while its pixels are read, is one line."""
     try:
-        with header(path) as file:
+        with Image.open(files.regular(path), formats=formats) as file:
             yield file
     except FileNotFoundError:
         raise
-    except Exception as error:                                             # PIL raises whatever a foreign file's bytes provoke
-        raise ValueError(f"{path} is not a readable picture ({files.why(error)}): replace it or take it off the list") from None
-
-
-TURNS = dict(zip(range(2, 9), (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.ROTATE_180, Image.Transpose.FLIP_TOP_BOTTOM, Image.Transpose.TRANSPOSE,
-                               Image.Transpose.ROTATE_270, Image.Transpose.TRANSVERSE, Image.Transpose.ROTATE_90)))
+    except Exception as error:                        # PIL raises errors of many types
+        raise ValueError(f"{path} is not a readable {kind} ({files.first_line(error)}): "
+                         "replace it or take it off the list") from None
 
 
 def orientation(file):
-    """The EXIF flag of an opened picture, 1 to 8; 1 turns nothing, as does a flag or an EXIF block that cannot be read: its pixels can be."""
-    if file.format == "PNG" and "exif" not in file.info:
-        file.load()                                                        # EXIF may follow the pixels; what is wrong with these is told
-    with contextlib.suppress(Exception):
+    """The EXIF orientation of an opened image, 1 to 8; 1 (as it is) where there is none that can be read."""
+    with contextlib.suppress(Exception):              # a broken EXIF block does not spoil the pixels
         flag = file.getexif().get(0x0112, 1)
         return flag if flag in TURNS else 1
     return 1
 
 
 def shown_size(file):
-    """(height, width) of an opened picture as a viewer shows it."""
-    return file.size if orientation(file) in (5, 6, 7, 8) else file.size[::-1]             # these swap the sides
+    """(height, width) of an opened image as a viewer shows it."""
+    return file.size if orientation(file) in (5, 6, 7, 8) else file.size[::-1]          # these swap the sides
 
 
 def decode(file, least=None):
-    """An opened picture -> PIL RGB as a viewer shows it: turned by its EXIF flag, 16 bits scaled, transparency on white.
+    """An opened image -> PIL RGB as a viewer shows it: turned by EXIF, 16 bits scaled, transparency on white.
 
-    With `least` (height, width) a JPEG comes at 1/2, 1/4 or 1/8 of its sides, if both are then still that long: most of its pixels are never made."""
-    if file.format in ("JPEG", "MPO") and len(SCAN.findall(Path(file.filename).read_bytes())) > 100:
-        raise ValueError("it has more than 100 scans")                     # each of a few bytes can cost as much as the picture
-    if least:
-        file.draft(None, least if shown_size(file) == file.size else least[::-1])          # draft counts (width, height) of the stored, unturned picture
-    file.load()                                                            # reads the pixels: a truncated file ends here
+    With `least` (height, width), a JPEG is decoded at 1/2, 1/4 or 1/8 of its sides if both stay that long."""
+    if least:                                         # draft wants (width, height) of the unturned image
+        file.draft(None, least if shown_size(file) == file.size else least[::-1])
+    file.load()                                       # reads the pixels: a truncated file fails here
     if (flag := orientation(file)) != 1:
-        file = file.transpose(TURNS[flag])                                 # ImageOps.exif_transpose would write the other tags anew, and fails at odd ones
+        file = file.transpose(TURNS[flag])            # ImageOps.exif_transpose fails at some other tags
     if file.mode.startswith("I"):
         values = np.asarray(file)
         top = 65535 if file.mode.startswith("I;16") or values.max(initial=0) > 255 else 255
         table = (np.arange(top + 1) * (255 / top)).round().astype(np.uint8)
         return Image.fromarray(table[values.clip(0, top)]).convert("RGB")
     if "A" in file.getbands() or "transparency" in file.info:
-        shown = Image.new("RGB", file.size)
-        for top in range(0, file.height, 512):                             # by strips: several copies of a large picture would be gigabytes
-            strip = file.crop((0, top, file.width, min(top + 512, file.height))).convert("RGBA")
-            shown.paste(Image.alpha_composite(Image.new("RGBA", strip.size, "white"), strip).convert("RGB"), (0, top))
-        return shown
-    return file if file.mode == "RGB" else file.convert("RGB")             # convert would copy it
+        white = Image.new("RGBA", file.size, "white")
+        white.alpha_composite(file.convert("RGBA"))
+        return white.convert("RGB")
+    return file if file.mode == "RGB" else file.convert("RGB")                        # convert would copy it
 
 
 def load_image(path, least=None):
-    """Any picture -> PIL RGB, by `decode`."""
+    """Any image file -> PIL RGB, by `decode`."""
     with opened(path) as file:
         return decode(file, least)
 
 
-def picture_size(path):
+def image_size(path):
     """(height, width) as load_image returns it, from the header alone."""
     with opened(path) as file:
         return shown_size(file)
@@ -99,4 +80,5 @@ def to_tensor(image):
 
 
 def to_float(image):
+    """PIL RGB -> (3, H, W) float32 in [0, 1]."""
     return to_tensor(image).float() / 255

@@ -1,4 +1,9 @@
-"""One process of a run: device, rank, precision, seed; means over ranks; a pool of worker processes."""
+"""The processes of a run: device, ranks, precision and seed of each; means over all of them; a pool for the
+CRF.
+
+    run = processes.Run(args)                                # torchrun or plain python
+    loss = run.mean(losses.match_loss(...))                  # over the pairs of all ranks
+"""
 import itertools
 import multiprocessing
 import os
@@ -16,51 +21,51 @@ from tqdm import tqdm
 
 from plumbing import guard
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
-AMP = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
-
-class Env:
+class Run:
     """One process of a run: its device, its rank among `world` processes, its precision, its seed."""
 
     def __init__(self, args):
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        self.main = self.rank == 0
-        self.amp, self.seed = args.amp, args.seed
-        kind = args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-        if kind.startswith("cuda") and not torch.cuda.is_available():
-            raise ValueError("--device cuda: torch sees no GPU here; --device cpu or auto runs without one")
-        if kind == "cuda" and self.world > 1:
-            kind = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        try:
-            self.device = torch.device(kind)
-        except RuntimeError:
-            raise ValueError(f"--device {kind}: no such device; auto, cpu, cuda or cuda:1") from None
+        self.main, self.seed = self.rank == 0, args.seed
+        self.device = find_device(args.device, self.world)
+        if args.amp == "auto":
+            args.amp = best_precision(self.device)            # from here on part of the recipe
+            if self.main and self.device.type == "cuda":
+                print(f"--amp auto: {args.amp}")
+        self.amp = args.amp
         if args.deterministic:                                # before the GPU's libraries start
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True, warn_only=True)          # an operation that has no such form says so and goes on
+            torch.use_deterministic_algorithms(True, warn_only=True)
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
-        else:                                                 # all up to AMX, which some virtual machines advertise and then kill the process that uses it
+        else:                                        # AMX is advertised by some virtual machines that lack it
             os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
-        if self.world > 1:                                    # ranks whose torchrun was killed would go on without it
-            threading.Thread(target=follow, args=(os.getppid(),), daemon=True).start()
-        self.words = None                                     # a group of processes that talks through main memory
+        if self.world > 1:                            # ranks whose torchrun was killed would go on without it
+            threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
+        self.cpu_group = None                            # a group of processes that talks through main memory
         args.out.mkdir(parents=True, exist_ok=True)
-        seed_all(args.seed + self.rank)                       # ranks draw different noise (DropPath), the same weights are broadcast by DDP
+        seed_all(args.seed + self.rank)               # ranks draw different noise; DDP broadcasts the weights
+
+    # -- precision
 
     def autocast(self):
-        return torch.autocast(self.device.type, AMP[self.amp], enabled=self.amp != "off")
+        return torch.autocast(self.device.type, DTYPES[self.amp], enabled=self.amp != "off")
 
     def scaler(self):
-        """Inert unless fp16, so that the loop has no branch. It leaves a step out whose gradients overflow, and halves its scale; the schedule goes on."""
-        # At PyTorch's 2 ** 16 gradients overflow inside CLIP: the first three steps, those of the highest rates, would be left out.
+        """Inert unless fp16. It leaves out a step whose gradients overflow and halves its scale."""
+        # From PyTorch's 2 ** 16 on, gradients overflow inside CLIP: the first steps would be left out.
         return torch.amp.GradScaler(self.device.type, init_scale=2.0 ** 10, enabled=self.amp == "fp16")
 
+    # -- several processes
+
     def parallel(self, model):
-        """The model under DDP when there are several processes; weights and buffers then start as rank 0's."""
+        """The model under DDP when there are several processes; weights and buffers then start as rank
+        0's."""
         if self.world == 1:
             return model
         ids = [self.device.index] if self.device.type == "cuda" else None
@@ -70,6 +75,31 @@ class Env:
         """This rank's share: disjoint, exhaustive, never padded."""
         return list(items)[self.rank::self.world]
 
+    def pairs(self, labels):
+        """Labels (B, C) on the CPU -> image b and class k of every pair, (P,) each. Nothing waits for the
+        device."""
+        b, k = labels.nonzero(as_tuple=True)
+        return b.to(self.device, non_blocking=True), k.to(self.device, non_blocking=True)
+
+    def mean(self, values, where=None):
+        """Mean over the values (P,) of all ranks, or over those `where` says; its gradient is right under
+        DDP.
+
+        Ranks hold different numbers of pairs, so the mean of per-rank means would weigh pairs differently:
+        sum * world / count, with the count summed over ranks. A rank without a pair adds a zero with a
+        gradient."""
+        count = torch.full((), values.numel(), dtype=torch.float32, device=values.device)
+        if where is not None:
+            values, count = torch.where(where, values, 0), where.sum().float()
+        if self.world > 1:
+            dist.all_reduce(count)
+        return values.sum() * self.world / count.clamp(min=1)
+
+    def total(self, values):
+        """Sum over the values of all ranks, with the right gradient under DDP. Meter divides by the ranks
+        again."""
+        return values.sum() * self.world
+
     def sum(self, tensor):
         """Sum over ranks; int64 stays exact."""
         if self.world > 1:
@@ -78,9 +108,11 @@ class Env:
         return tensor
 
     def gather(self, rows, total):
-        """Rows (n, ...) of all ranks, in the order of the batch of `total` that `shard` dealt out -> (total, ...).
+        """Rows (n, ...) of all ranks, in the order of the batch of `total` that `shard` dealt out -> (total,
+        ...).
 
-        This rank's rows get `world` times their gradient, because DDP averages what the ranks compute, each the same loss of all rows."""
+        This rank's rows get `world` times their gradient: DDP averages what the ranks compute, each the same
+        loss."""
         if self.world == 1:
             return rows
         mine = rows.new_zeros(total, *rows.shape[1:])
@@ -100,22 +132,29 @@ class Env:
         if self.world > 1:
             dist.barrier()
 
+    # -- the rest
+
     def progress(self, items, desc, total=None, initial=0):
         """A bar with the time left, on rank 0."""
-        return tqdm(items, desc=desc, total=total, initial=initial, disable=not self.main, dynamic_ncols=True, mininterval=0.5)
+        return tqdm(items, desc=desc, total=total, initial=initial, disable=not self.main, dynamic_ncols=True,
+                    mininterval=0.5)
 
     def stopping(self):
-        """Asked after each step of a training loop: did Ctrl-C or SIGTERM come, to any process? Then the state is to be saved now, and `leave` follows.
+        """Asked after each step: did Ctrl-C or SIGTERM come, to any process? Then save now; `guard.leave`
+        follows.
 
         All processes learn it after the same step, by way of main memory: no GPU is waited for."""
-        guard.STOP.later = True                                     # from here on a step is finished first
-        guard.STOP.agreed = guard.STOP.signal
+        stop = guard.STOP
+        stop.later = True                                     # from here on a step is finished first
+        stop.agreed = stop.signal
         if self.world > 1:
-            self.words = self.words or (dist.group.WORLD if self.device.type == "cpu" else dist.new_group(backend="gloo"))
-            heard = torch.tensor([guard.STOP.signal])
-            dist.all_reduce(heard, dist.ReduceOp.MAX, self.words)
-            guard.STOP.agreed = guard.STOP.signal = heard.item()
-        return guard.STOP.agreed > 0
+            if self.cpu_group is None:
+                gloo = self.device.type == "cpu"
+                self.cpu_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+            heard = torch.tensor([stop.signal])
+            dist.all_reduce(heard, dist.ReduceOp.MAX, self.cpu_group)
+            stop.agreed = stop.signal = heard.item()
+        return stop.agreed > 0
 
     def close(self, message=None):
         """Leave together: a rank that exits early takes the rendezvous store with it."""
@@ -127,45 +166,25 @@ class Env:
         guard.release()
 
 
-def mean(values, where=None):
-    """Mean over the values (P,) of all ranks, or over those `where` says, such that DDP's average of gradients is the gradient of that mean.
-
-    Ranks hold different numbers of pairs, so the mean of per-rank means would weigh pairs differently:
-    sum * world / count, with the count summed over ranks. A rank with no pair contributes a zero that has a gradient."""
-    count = torch.full((), values.numel(), dtype=torch.float32, device=values.device)      # filled on the device: nothing waits
-    if where is not None:
-        values, count = torch.where(where, values, 0), where.sum().float()
-    world = 1
-    if dist.is_initialized():
-        dist.all_reduce(count)
-        world = dist.get_world_size()
-    return values.sum() * world / count.clamp(min=1)
+def find_device(name, world):
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; --device cpu or auto runs without one")
+    if name == "cuda" and world > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    try:
+        return torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"--device {name}: no such device; auto, cpu, cuda or cuda:1") from None
 
 
-def total(values):
-    """Sum over the values of all ranks, such that DDP's average of gradients is the gradient of that sum. Meter divides by the ranks again."""
-    return values.sum() * (dist.get_world_size() if dist.is_initialized() else 1)
-
-
-def optimizer(groups, args):
-    """AdamW or SGD, as `optimizing` has it."""
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, args.lr, momentum=args.momentum, weight_decay=args.weight_decay)
-    return adamw(groups, args)
-
-
-def adamw(groups, args):
-    """AdamW; for weights on a GPU as one kernel."""
-    groups = [{**group, "params": list(group["params"])} for group in groups]
-    fused = all(w.is_cuda for group in groups for w in group["params"]) or None
-    return torch.optim.AdamW(groups, args.lr, weight_decay=args.weight_decay, fused=fused)
-
-
-def schedule(optimizer, args, steps):
-    """The rates fall to 0 in `steps` steps: poly 0.9 for SGD; a cosine for AdamW, which then starts again."""
-    if args.optimizer == "sgd":
-        return torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-    return torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, steps)
+def best_precision(device):
+    """bf16 where a GPU has it in hardware, fp16 on another GPU. On a CPU, half precision may be many times
+    slower."""
+    if device.type == "cpu":
+        return "off"
+    return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp16"
 
 
 def unwrap(model):
@@ -178,42 +197,49 @@ def seed_all(seed):
     torch.manual_seed(seed)                                   # every GPU too
 
 
-def pooled(function, tasks, workers, where):
-    """function(*task) in `workers` processes of one thread each, 0: here. Yields every result as it is finished, in any order.
+# ---------------------------------------------------------------- a pool of processes
 
-    Tasks are drawn when there is room for them, so memory does not grow with their number. `where` names the folder that is being filled."""
+def pooled(function, tasks, workers, where):
+    """function(*task) in `workers` processes of one thread each, 0: here. Yields results as they are
+    finished.
+
+    Tasks are drawn when there is room for them: memory does not grow with their number. `where`: the folder
+    filled."""
     if not workers:
         yield from (function(*task) for task in tasks)
         return
     tasks, waiting = iter(tasks), set()
-    context = multiprocessing.get_context("forkserver")       # processes of a clean server that has imported the function once, without our threads
+    context = multiprocessing.get_context("forkserver")      # children of a clean server: without our threads
     context.set_forkserver_preload(["__main__", function.__module__])
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})                # Ctrl-C is this process's to handle; the server inherits that
+    # Ctrl-C is for this process; children inherit
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     forkserver.ensure_running()
     signal.pthread_sigmask(signal.SIG_SETMASK, before)
-    pool = futures.ProcessPoolExecutor(workers, context, initializer=serve)
+    pool = futures.ProcessPoolExecutor(workers, context, initializer=start_worker)
     try:
         while True:
             for task in itertools.islice(tasks, 2 * workers - len(waiting)):
-                with guard.STOP.hold():                                                     # it may start a process: not by halves
+                with guard.STOP.hold():                       # it may start a process: not by halves
                     waiting.add(pool.submit(function, *task))
             if not waiting:
                 return
             done, waiting = futures.wait(waiting, return_when=futures.FIRST_COMPLETED)
             yield from (task.result() for task in done)
     except futures.process.BrokenProcessPool:
-        raise ValueError(f"{where}: a worker process died, most likely out of memory: run the same command again with fewer --workers; "
-                         "finished files are kept") from None
+        raise ValueError(f"{where}: a worker process died, most likely out of memory: run the same command "
+                         "again with fewer --workers; finished files are kept") from None
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def serve():
-    torch.set_num_threads(1)                                  # a process a core: more threads in each only get in each other's way
-    threading.Thread(target=lambda: (multiprocessing.parent_process().join(), os._exit(1)), daemon=True).start()      # a killed run leaves none behind
+def start_worker():
+    torch.set_num_threads(1)                                  # a process a core: more threads slow each other
+    parent = multiprocessing.parent_process()
+    # ends with a killed run
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def follow(parent):
+def end_with_parent(parent):
     """Ends this process, as SIGTERM does, when its parent is gone."""
     while os.getppid() == parent:
         time.sleep(1)

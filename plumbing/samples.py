@@ -1,6 +1,6 @@
-"""Datasets and loaders: whole pictures by size, augmented training samples."""
+"""Datasets and loaders: whole images in batches of one size, augmented training samples, batches over all
+ranks."""
 import math
-import signal
 from functools import partial
 from itertools import groupby
 from multiprocessing.pool import ThreadPool
@@ -10,12 +10,14 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from plumbing import images, masks
+from plumbing import guard
+from plumbing.images import decode, image_size, load_image, opened, shown_size, to_tensor
+from plumbing.masks import IGNORE, load_mask
 
+# ---------------------------------------------------------------- whole images
 
-
-class Pictures(Dataset):
-    """Whole pictures by number; a batch is (numbers, images)."""
+class WholeImages(Dataset):
+    """Whole images by number; a batch is (numbers, images)."""
 
     def __init__(self, folder, ids):
         self.folder, self.ids = folder, ids
@@ -29,45 +31,49 @@ class Pictures(Dataset):
     def collate(self, batch):
         return [i for i, _ in batch], torch.stack([image for _, image in batch])
 
-    def equal_sizes(self, batch_size):
-        """Numbers of the pictures in batches that stack: as many of one size as `batch_size` allows."""
-        with ThreadPool(16) as threads:                                        # headers of a million files far away: threads wait for them together
-            sizes = threads.map(lambda id: images.picture_size(self.folder.picture(id)), self.ids)
-        for _, group in groupby(sorted(range(len(sizes)), key=lambda i: (sizes[i], i)), key=lambda i: sizes[i]):
+    def batches(self, batch_size):
+        """Numbers of the images in batches that stack: as many of one size as `batch_size` allows."""
+        with ThreadPool(16) as threads:             # a million headers on a network disk: wait for 16 at once
+            sizes = threads.map(lambda id: image_size(self.folder.image_path(id)), self.ids)
+        order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
+        for _, group in groupby(order, key=lambda i: sizes[i]):
             group = list(group)
             yield from (group[n:n + batch_size] for n in range(0, len(group), batch_size))
 
 
-def by_size(folder, ids, batch_size, env, workers=0):
-    """DataLoader over all pictures, each once, in batches of one size: (numbers (b,) list, images (b, 3, H, W) in [0, 1])."""
-    pictures = Pictures(folder, ids)
-    return DataLoader(pictures, batch_sampler=list(pictures.equal_sizes(batch_size)), num_workers=workers, collate_fn=pictures.collate,
-                      pin_memory=env.device.type == "cuda", worker_init_fn=serve)
+def by_size(folder, ids, batch_size, run, workers=0):
+    """DataLoader over all images, each once, in batches of one size: (numbers (b,) list, images (b, 3, H,
+    W))."""
+    images = WholeImages(folder, ids)
+    return DataLoader(images, batch_sampler=list(images.batches(batch_size)), num_workers=workers,
+                      collate_fn=images.collate, pin_memory=run.device.type == "cuda",
+                      worker_init_fn=guard.ignore_signals)
 
 
-def serve(worker):
-    """A loader's process leaves Ctrl-C, and one SIGTERM, to the one that it works for: both may be sent to all processes of a run, which is to finish its step."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
+# ---------------------------------------------------------------- augmentation
+
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # ImageNet's
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 class Erase(v2.RandomErasing):
     """Random erasing by noise: the mean colour +- its spread, cut to [0, 1]."""
-    mean, std = torch.tensor([0.485, 0.456, 0.406])[:, None, None], torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
     def make_params(self, flat_inputs):
         drawn = super().make_params(flat_inputs)
         if drawn["v"] is not None:
-            drawn["v"] = (drawn["v"] * self.std + self.mean).clamp(0, 1)
+            drawn["v"] = (drawn["v"] * STD + MEAN).clamp(0, 1)
         return drawn
 
 
-def train_transform(size, scale=(0.08, 1.0), randaugment=False, erase=0.0):
-    """-> function of a picture's path: RandomResizedCrop and flip; RandAugment m9 and random erasing if asked (SemPLeS (a), (c))."""
-    crop = v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+def train_transform(size, min_scale=0.08, randaugment=False, erase=0.0):
+    """-> function of an image's path: RandomResizedCrop and flip; RandAugment and random erasing in (a),
+    (c)."""
+    bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
+    crop = v2.RandomResizedCrop(size, scale=(min_scale, 1), interpolation=bicubic, antialias=True)
     steps = [v2.RandomHorizontalFlip()]
-    if randaugment:
-        steps.append(v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR))     # 9 of 10, as timm counts
+    if randaugment:                                           # magnitude 9 of 10, as timm counts
+        steps.append(v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=bilinear))
     steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
     if erase:
         steps.append(Erase(erase, value="random", inplace=True))
@@ -75,67 +81,104 @@ def train_transform(size, scale=(0.08, 1.0), randaugment=False, erase=0.0):
 
 
 def crop_and_augment(crop, augment, path):
-    """-> (3, h, w) in [0, 1]. The crop is drawn from the size that the header tells, so that of a large JPEG only the pixels it needs are decoded."""
-    with images.opened(path) as file:
-        height, width = images.shown_size(file)
-        box = crop.make_params([torch.empty(()).expand(3, height, width)])                 # looks at the shape alone
-        image = images.decode(file, [math.ceil(n * m / box[side]) for n, m, side in zip((height, width), crop.size, ("height", "width"))])
-    reduced = max(round(width / image.width), round(height / image.height))                # 1, 2, 4 or 8: its last row and column may be partial ones
-    left, top, right, bottom = box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]
-    image = image.crop([round(n / reduced) for n in (left, top, right, bottom)])
-    image = v2.functional.resize(tv_tensors.Image(images.to_tensor(image)), crop.size, crop.interpolation, antialias=crop.antialias)
+    """-> (3, h, w) in [0, 1]. The crop is drawn from the size in the header, so that of a large JPEG only
+    the pixels it needs are decoded: at 1/2, 1/4 or 1/8 of its sides."""
+    with opened(path) as file:
+        height, width = shown_size(file)
+        box = crop.make_params([torch.empty(()).expand(3, height, width)])      # looks at the shape alone
+        enough = [math.ceil(n * m / box[side]) for n, m, side in
+                  zip((height, width), crop.size, ("height", "width"))]
+        image = decode(file, enough)
+    reduced = max(round(width / image.width), round(height / image.height))     # 1, 2, 4 or 8
+    corners = box["left"], box["top"], box["left"] + box["width"], box["top"] + box["height"]
+    image = image.crop([round(n / reduced) for n in corners])
+    image = v2.functional.resize(tv_tensors.Image(to_tensor(image)), crop.size, crop.interpolation,
+                                 antialias=crop.antialias)
     return augment(image).as_subclass(torch.Tensor)
 
 
-class Samples(Dataset):
-    """Augmented training samples. Each draws its noise from (seed, epoch, picture) alone: not from the process, the
-    worker or the batch it happens to be in. So any number of processes sees the same crops, and a resumed run too.
+def segmentation_transform(crop, low, high):
+    """Image and mask alike: a random scale, a random crop, a flip. Outside the image: mean colour, no
+    label."""
+    def scale(image, mask):
+        factor = torch.empty(()).uniform_(low, high).item()
+        size = [max(1, round(n * factor)) for n in image.shape[1:]]
+        return v2.functional.resize(image, size, antialias=True), v2.functional.resize(mask, size)
 
-    The hash of whole numbers is the same in every 64-bit CPython from 3.8 on, whatever PYTHONHASHSEED; what is drawn from it is torch's."""
+    fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}
+    return v2.Compose([scale, v2.RandomCrop(crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(),
+                       v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
+
+
+def mask_paths(folder, ids):
+    """id -> path of its mask. All of them must be there; what they hold is checked when they are read."""
+    missing = [id for id in ids if not (folder / f"{id}.png").exists()]
+    if missing:
+        raise FileNotFoundError(f"{folder / missing[0]}.png is missing, {len(missing)} of {len(ids)} masks "
+                                "are: run make_pseudo.py on this --split, or give a --label-dir that has "
+                                "them")
+    return lambda id: folder / f"{id}.png"
+
+
+# ---------------------------------------------------------------- training samples
+
+class Samples(Dataset):
+    """Augmented training samples. Each draws its noise from (seed, epoch, image) alone: not from the
+    process, the worker or the batch it happens to be in. So any number of processes sees the same crops, and
+    a resumed run too.
+
+    The hash of whole numbers is the same in every 64-bit CPython, whatever PYTHONHASHSEED."""
 
     def __init__(self, folder, ids, transform, seed=0, masks=None):
-        """`transform` takes the path of a picture. With `masks`, id -> path of a label map, for segmentation, it takes picture and mask together."""
-        self.folder, self.ids, self.labels = folder, ids, folder.labels(ids) if masks is None else None
-        self.transform, self.seed, self.masks = transform, seed, masks
+        """`transform` takes the path of an image. For segmentation `masks` gives the path of an id's label
+        map, and `transform` takes image and mask together."""
+        self.folder, self.ids, self.transform = folder, ids, transform
+        self.seed, self.masks = seed, masks
+        self.labels = folder.labels(ids) if masks is None else None
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, key):
-        """(epoch, i) -> picture (3, h, w) in [0, 1], labels (C,) or mask (h, w) int64, i."""
+        """(epoch, i) -> image (3, h, w) in [0, 1], labels (C,) or mask (h, w) int64, i."""
         epoch, i = key
-        path = self.folder.picture(self.ids[i])
+        path = self.folder.image_path(self.ids[i])
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0x7FFFFFFFFFFFFFFF)
             if self.masks is None:
                 return self.transform(path), self.labels[i], i
-            image = tv_tensors.Image(images.to_tensor(images.load_image(path)))
+            image = tv_tensors.Image(to_tensor(load_image(path)))
             image, mask = self.transform(image, tv_tensors.Mask(self.mask(i, image)))
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long(), i
 
+    def mask(self, i, image):
+        path = self.masks(self.ids[i])
+        mask = load_mask(path, len(self.folder.classes))
+        if mask.shape != tuple(image.shape[1:]):
+            raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image "
+                             f"{image.shape[2]}x{image.shape[1]}: make the mask again")
+        return torch.from_numpy(mask)
+
     def collate(self, samples):
-        """A batch. Where a rank's share of a small batch is empty: an empty one, or for segmentation, whose networks take none, a picture without a label."""
+        """A batch. A rank whose share of a small batch is empty gets an empty one, or, for segmentation
+        networks, which take none, an image without a label."""
         if samples:
             return default_collate(samples)
         image, target, _ = self[0, 0]
         count = 0 if self.masks is None else 1
-        return image.new_zeros(count, *image.shape), target.new_full((count, *target.shape), masks.IGNORE), torch.zeros(0, dtype=torch.long)
-
-    def mask(self, i, image):
-        path = self.masks(self.ids[i])
-        mask = masks.load_mask(path, len(self.folder.classes))
-        if mask.shape != tuple(image.shape[1:]):
-            raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its picture {image.shape[2]}x{image.shape[1]}: make the mask again")
-        return torch.from_numpy(mask)
+        target = target.new_full((count, *target.shape), IGNORE)
+        return image.new_zeros(count, *image.shape), target, torch.zeros(0, dtype=torch.long)
 
 
 class Batches(Sampler):
-    """Batches of one epoch as lists of (epoch, i) keys, this rank's share of each: `batch_size` counts all processes.
+    """Batches of one epoch as lists of (epoch, i) keys, this rank's share of each: `batch_size` counts all
+    ranks.
 
-    A last batch that is not full is left out while training, unless it is the only one. `skip` batches are passed over (resume)."""
+    A last batch that is not full is left out, unless it is the only one. `skip` batches are passed over
+    (resume)."""
 
-    def __init__(self, length, batch_size, env, seed=0):
-        self.length, self.batch_size, self.env, self.seed = length, min(batch_size, length), env, seed
+    def __init__(self, length, batch_size, run, seed=0):
+        self.length, self.batch_size, self.run, self.seed = length, min(batch_size, length), run, seed
         self.epoch, self.skip = 0, 0
 
     def __len__(self):
@@ -145,15 +188,22 @@ class Batches(Sampler):
         self.epoch, self.skip = epoch, skip
 
     def __iter__(self):
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(hash((self.seed, self.epoch)) & 0x7FFFFFFFFFFFFFFF))
+        seed = hash((self.seed, self.epoch)) & 0x7FFFFFFFFFFFFFFF
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(seed))
         for step in range(self.skip, len(self)):
             batch = order[step * self.batch_size:(step + 1) * self.batch_size].tolist()
-            yield [(self.epoch, i) for i in self.env.shard(batch)]
+            yield [(self.epoch, i) for i in self.run.shard(batch)]
 
 
-def loader(samples, batch_size, env, workers=0):
-    """-> DataLoader over (images, targets, picture numbers) and its Batches: `batches.start(epoch, skip)` before each epoch."""
-    batches = Batches(len(samples), batch_size, env, samples.seed)
-    # A generator of its own: an iterator draws a number when it starts, which would move the networks' noise in a resumed epoch.
-    return DataLoader(samples, batch_sampler=batches, num_workers=workers, collate_fn=samples.collate, generator=torch.Generator(),
-                      pin_memory=env.device.type == "cuda", persistent_workers=workers > 0, worker_init_fn=serve), batches
+def make_loader(samples, batch_sampler, run, workers=0):
+    """DataLoader over (images, targets, image numbers)."""
+    # A generator of its own: an iterator draws a number when it starts, which would move the networks' noise.
+    return DataLoader(samples, batch_sampler=batch_sampler, num_workers=workers, collate_fn=samples.collate,
+                      generator=torch.Generator(), pin_memory=run.device.type == "cuda",
+                      persistent_workers=workers > 0, worker_init_fn=guard.ignore_signals)
+
+
+def loader(samples, run, args):
+    """The training loader; Keeper starts its epochs. Of each batch every rank gets its share."""
+    batches = Batches(len(samples), args.batch_size, run, samples.seed)
+    return make_loader(samples, batches, run, args.workers)

@@ -1,13 +1,7 @@
 """The benchmarks' other ways give our numbers: maps by autograd, S's maps one by one, a pass a threshold; what they claim of memory and speed is read right."""
-import importlib
-import sys
-from importlib.machinery import PathFinder
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
-from bench import ablation, crf, eval as scores, maps, prototypes
-from conftest import ROOT
+from bench import crf, eval as scores, maps, prototypes
 
 from wsss import generator, gradcam
 
@@ -58,12 +52,3 @@ def test_speed_and_growth_of_what_was_measured():
 def test_a_table_of_the_descent():
     lines = prototypes.speed_table(sizes=(40,), D=8, C=5, runs=1).splitlines()
     assert lines[2].startswith("| 40 | 8 | 5 |")
-
-
-def test_a_benchmark_runs_the_stage_eval(monkeypatch):
-    """`python bench/hosts.py` has bench/ first on its path, with an eval.py of its own."""
-    elsewhere = [path for path in sys.path if Path(path).resolve() not in (ROOT, ROOT / "bench")]
-    monkeypatch.setattr(sys, "path", [str(ROOT / "bench"), *elsewhere])
-    assert PathFinder.find_spec("eval").origin == str(ROOT / "bench/eval.py")
-    importlib.reload(ablation)
-    assert PathFinder.find_spec("eval").origin == str(ROOT / "eval.py")

@@ -155,9 +155,9 @@ def test_two_processes_score_as_one(voc, tmp_path):
     (lambda v, o: (v / "SegmentationClass/a_2.png").unlink(), [], ["a_2.png is missing", "scoring needs true masks"]),
     (lambda v, o: masks.save_mask(v / "SegmentationClass/a_2.png", np.full((34, 40), 9)), [], ["a_2.png holds label 9"]),
     (lambda v, o: (v / "labels.txt").write_text("a_1 zebra\n"), [], ["'zebra' is not in classes.txt"]),
-    (lambda v, o: (v / "ImageSets/Segmentation/train.txt").write_text("../a_1"), [], ["is no picture id"]),
+    (lambda v, o: (v / "ImageSets/Segmentation/train.txt").write_text("../a_1"), [], ["is no image id"]),
     (lambda v, o: (v / "ImageSets/Segmentation/train.txt").write_text(""), [], ["train.txt is empty"]),
-    (lambda v, o: None, ["--split", "../x"], ["--split", "'../x' is no picture id"]),
+    (lambda v, o: None, ["--split", "../x"], ["--split", "'../x' is no image id"]),
     (lambda v, o: (o / "cam.json").write_text("{"), [], ["cam.json is not JSON"]),
     (lambda v, o: (o / "cam.json").write_text('{"classes": ["boat", "train", "cow"]}'), [], ["cam.json", "other classes"]),
     (lambda v, o: [masks.save_mask(p, np.full((30 + 4 * (int(p.stem[2:]) % 2 == 0), 40), 255)) for p in (v / "SegmentationClass").iterdir()], [], ["no scored pixel"]),
@@ -242,7 +242,7 @@ def test_network_with_crf_in_any_number_of_processes(voc, tmp_path):
     for id in LABELS:
         with torch.no_grad():
             p = model(folder.image(id)[None]).softmax(1)[0]
-        want[id] = crf.dense_crf(np.array(image_files.load_image(folder.picture(id))), p, "deeplab").argmax(0)
+        want[id] = crf.dense_crf(np.array(image_files.load_image(folder.image_path(id))), p, "deeplab").argmax(0)
     assert list(one["iou"].values()) == pytest.approx(loop(folder, folder.ids("train"), want.get).tolist()) and one["protocol"]["crf"] == "deeplab"
     run("eval.py", *flags, "--workers", "1", processes=2)
     assert scores(out, "seg") == one

@@ -110,10 +110,10 @@ def test_large_pictures_up_to_the_bound(tmp_path):
     for height, width, word in ((400, 20_000, None), (3_356, 20_000, "67,108,864 pixels"), (2, 70_000, "65,535")):
         (tmp_path / "a.png").write_bytes(fuzz.png(width, height, 1, 0, fuzz.zlib.compress(bytes(height * (width // 8 + 1)))))
         if word is None:
-            assert images.load_image(tmp_path / "a.png").size == (width, height) and images.picture_size(tmp_path / "a.png") == (height, width)
+            assert images.load_image(tmp_path / "a.png").size == (width, height) and images.image_size(tmp_path / "a.png") == (height, width)
         else:
-            with pytest.raises(ValueError, match=f"a.png is not a readable picture.*{word}"):
-                images.picture_size(tmp_path / "a.png")
+            with pytest.raises(ValueError, match=f"a.png is not a readable image.*{word}"):
+                images.image_size(tmp_path / "a.png")
 
 
 def test_transparency_over_many_strips(tmp_path):

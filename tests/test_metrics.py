@@ -1,4 +1,4 @@
-"""Confusion and IoU against hand-worked cases and a pixel loop; the one-pass sweep against one pass a threshold."""
+"""Confusion and IoU by hand and against a loop over pixels, the sweep against one pass a threshold."""
 import math
 
 import numpy as np
@@ -32,7 +32,7 @@ def test_a_255_in_the_prediction_is_a_miss():
     truth, guess = np.array([1, 1, 0, 0]), np.array([1, 255, 0, 0])
     matrix = metrics.confusion(truth, guess, 2)
     assert matrix.tolist() == [[2, 0, 0], [0, 1, 1]]
-    assert metrics.iou(matrix).tolist() == [1.0, 0.5]                        # background is not charged for it
+    assert metrics.iou(matrix).tolist() == [1.0, 0.5]             # background is not charged for it
     assert metrics.pixel_accuracy(matrix) == 0.75
 
 
@@ -41,26 +41,17 @@ def test_a_class_only_predicted_scores_zero():
     assert iou[0] == 0.5 and math.isnan(iou[1]) and iou[2] == 0.0
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_random_maps_against_a_loop(seed):
-    rng = np.random.default_rng(seed)
+def test_random_maps_against_a_loop():
+    rng = np.random.default_rng(0)
     truth = rng.choice([0, 1, 2, 3, 4, 255], (40, 37))
-    guess = rng.choice([0, 1, 2, 3, 255], (40, 37))
-    total = metrics.add(torch.zeros(5, 6, dtype=torch.int64), metrics.confusion(truth, guess, 5))
-    assert np.array_equal(total.numpy(), loop(truth, guess, 5))
-    clean = rng.integers(0, 5, (40, 37))
-    assert np.array_equal(metrics.confusion(truth, clean, 5).numpy(), loop(truth, clean, 5)[:, :5])
+    total = torch.zeros(5, 6, dtype=torch.int64)
+    guesses = rng.choice([0, 1, 2, 3, 255], (40, 37)), rng.integers(0, 5, (40, 37))       # 255: misses
+    for guess in guesses:
+        metrics.add(total, metrics.confusion(truth, guess, 5))
+    assert np.array_equal(total.numpy(), sum(loop(truth, guess, 5) for guess in guesses))
 
 
-def test_against_scikit_learn():
-    sklearn = pytest.importorskip("sklearn.metrics")
-    rng = np.random.default_rng(7)
-    truth, guess = rng.integers(0, 21, 5000), rng.integers(0, 21, 5000)
-    assert np.array_equal(metrics.confusion(truth, guess, 21).numpy(), sklearn.confusion_matrix(truth, guess, labels=range(21)))
-    assert np.allclose(metrics.iou(metrics.confusion(truth, guess, 21)).numpy(), sklearn.jaccard_score(truth, guess, average=None))
-
-
-def test_refuses_what_cannot_be_scored():
+def test_what_cannot_be_scored_is_refused():
     with pytest.raises(ValueError, match="prediction"):
         metrics.confusion([0, 1], [0], 2)
     with pytest.raises(ValueError, match="label 7"):
@@ -70,7 +61,8 @@ def test_refuses_what_cannot_be_scored():
 def test_sweep_is_one_pass_a_threshold():
     rng = np.random.default_rng(1)
     truth = rng.choice([0, 1, 2, 255], (30, 20))
-    label, score = rng.integers(1, 3, (30, 20)), rng.integers(0, 11, (30, 20)) / 10      # scores that equal a threshold too
+    label = rng.integers(1, 3, (30, 20))
+    score = rng.integers(0, 11, (30, 20)) / 10                    # scores that equal a threshold too
     thresholds = torch.tensor([0.1, 0.3, 0.5, 0.95], dtype=torch.float64)
     swept = metrics.sweep(truth, label, torch.from_numpy(score), thresholds, 3)
     for matrix, t in zip(swept, thresholds):

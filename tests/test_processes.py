@@ -1,84 +1,179 @@
-"""Three and four processes against one, on a split of two pictures; what the benchmark that says so would notice; memory of many steps."""
-import gc
+"""The processes of a run: device, precision, means and sums over ranks; the pool. Ranks run `main`."""
 import json
-import math
 import os
+import signal
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
-from conftest import ROOT, call, make_folder, run
+from conftest import arguments, run_together
 
-from plumbing import checkpoints, masks
+from plumbing import files, flags, processes
+from plumbing.processes import Run
 
-sys.path.append(str(ROOT / "bench"))
-import processes  # noqa: E402
+# ---------------------------------------------------------------- several processes
 
-STAGES = ["cls_deit", "match_clims", "prompt_views", "refine_joint", "vpl", "cam_vision", "segments", "pseudo", "seg_deeplab", "seg_decoder", "eval_decoder", "eval_cam"]
-
-
-def test_three_and_four_processes_share_two_pictures_as_one():
-    """Losses, weights, maps, masks and scores; most processes have no picture at all."""
-    done = run("bench/processes.py", "--splits", "few", "--processes", 1, 3, 4, "--only", *STAGES)
-    table = {cells[0]: cells[1:] for cells in ([cell.strip() for cell in line.strip("|").split("|")] for line in done.stdout.splitlines() if line.startswith("| "))}
-    assert {"cls_deit", "vpl", "pseudo", "seg_decoder", "eval_decoder"} <= table.keys() and all(len(cells) == 3 and all(cells) for cells in table.values())
-    assert table["vpl"][0] == "log, weights, maps" and table["few"] == ["compared", "3 processes", "4 processes"]
+PAIRS = torch.arange(18.).view(9, 2) / 10
+SHARES = {1: [PAIRS], 3: [PAIRS[:2], PAIRS[2:], PAIRS[9:]]}      # of three ranks the last has none
 
 
-def test_what_differs_is_found(tmp_path):
-    def results(name):
-        (tmp_path / name / "cam").mkdir(parents=True)
-        (tmp_path / name / "x.jsonl").write_text('{"args": 1}\n{"step": 1, "seconds": %f, "loss": 2.0}\n' % len(name))
-        torch.save({"model": {"w": torch.ones(3)}, "stage": "x", "args": {"lr": len(name)}}, tmp_path / name / "x.pt")
-        np.save(tmp_path / name / "cam/a.npy", np.zeros((1, 2, 2), np.float16))
-        masks.save_mask(tmp_path / name / "a.png", np.zeros((4, 5)))
-        (tmp_path / name / "eval.json").write_text(json.dumps({"miou": 0.5, "iou": {"cow": None}, "protocol": {"pictures": len(name)}}))
-        return tmp_path / name
+def main():
+    """In each rank: a DDP model on its share of nine pairs; rank 0 writes what all of them found."""
+    out = Path(sys.argv[1])
+    run = Run(arguments(out))
+    drawn = run.gather(torch.rand(1), run.world)
+    share = SHARES[run.world][run.rank]
+    model = torch.nn.Linear(2, 1)                                # DDP gives all of them rank 0's weights
+    if run.main:
+        torch.nn.init.constant_(model.weight, .5)
+        torch.nn.init.constant_(model.bias, .1)
+    parallel = run.parallel(model)
+    loss = run.mean(parallel(share)[:, 0] ** 2)
+    loss.backward()
+    total, = torch.autograd.grad(run.total(model(share)), model.bias)
+    rows = torch.tensor(run.shard([1., 2., 3., 4., 5.]), requires_grad=True)
+    together = run.gather(rows, 5)
+    (together ** 2).sum().backward()                             # the same loss in every rank
+    gradients = run.sum(torch.zeros(5).index_add(0, torch.tensor(run.shard(range(5))), rows.grad))
+    first = run.in_turn(lambda: (out / "made").exists() or (out / "made").touch())
+    found = {
+        "loss": run.sum(loss.detach()).item() / run.world,
+        "weight": model.weight.grad[0].tolist(),
+        "total": run.sum(total.clone()).item() / run.world,
+        "gathered": together.tolist(), "gathered_gradients": (gradients / run.world).tolist(),
+        "counts": run.sum(torch.full((2,), 2**53 + 1 + run.rank, dtype=torch.int64)).tolist(),
+        "shards": sorted(run.gather(torch.tensor(run.shard(range(10))).float(), 10).tolist()),
+        "seeds": len(drawn.unique()), "found_made": run.sum(torch.tensor(first is True).int()).item()}
+    if run.main:
+        files.save_json(out / "found.json", found)
+    run.close()
 
-    one, other = results("one"), results("other")
-    same = dict.fromkeys(("log", "weights", "maps", "masks", "scores"), 0)
-    assert processes.compare(one, other) == same
-    (other / "x.jsonl").write_text('{"args": 1}\n{"step": 1, "seconds": 1, "loss": 2.5}\n')
-    torch.save({"model": {"w": torch.tensor([1, 1, 1.5])}}, other / "x.pt")
-    masks.save_mask(other / "a.png", np.eye(4, 5))
-    (other / "eval.json").write_text('{"miou": 0.75, "iou": {"cow": 1.0}}')
-    np.save(other / "cam/a.npy", np.full((1, 2, 2), np.nan))
-    found = processes.compare(one, other)
-    assert (found["log"], found["weights"], found["masks"], found["scores"]) == (0.25, 0.5, 4, math.inf) and found["maps"] == math.inf
-    (other / "cam/a.npy").unlink()
-    assert processes.compare(one, other)["maps"] == math.inf
+
+def test_three_uneven_processes_compute_what_one_does(tmp_path):
+    found = {}
+    for world in (1, 3):
+        (tmp_path / str(world)).mkdir()
+        run_together([("test_processes", tmp_path / str(world))], tmp_path, world)
+        found[world] = json.loads((tmp_path / str(world) / "found.json").read_text())
+    x = PAIRS.double().numpy()
+    predicted = x @ [.5, .5] + .1
+    for result in found.values():
+        assert result["loss"] == pytest.approx((predicted ** 2).mean(), abs=1e-6)
+        assert np.allclose(result["weight"], (2 * predicted[:, None] * x).mean(0), atol=1e-6)
+        assert result["total"] == 9                                             # of the sum, by the bias
+        assert result["gathered"] == [1, 2, 3, 4, 5]
+        assert result["gathered_gradients"] == [2, 4, 6, 8, 10]
+        assert result["shards"] == list(range(10))                              # disjoint, exhaustive
+    assert found[1]["counts"] == [2**53 + 1] * 2
+    assert found[3]["counts"] == [3 * 2**53 + 6] * 2                            # exact beyond float64
+    assert found[3]["seeds"] == 3 and found[3]["found_made"] == 2               # rank 0 came first
 
 
-def held():
-    """What this process holds: bytes of tensors, Python objects, open files, children."""
-    gc.collect()
-    objects = gc.get_objects()
-    tensors = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in objects if type(x) in (torch.Tensor, torch.nn.Parameter)}
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return sum(tensors.values()), len(objects), len(os.listdir("/proc/self/fd")), len(children)
+def test_mean_of_some_values_and_of_none(tmp_path):
+    run = Run(arguments(tmp_path))
+    values = torch.tensor([[1., 2.], [3., float("nan")]])
+    assert run.mean(values, torch.tensor([[True, False], [True, False]])) == 2
+    assert run.mean(values, torch.zeros(2, 2, dtype=torch.bool)) == 0
+    w = torch.ones(2, requires_grad=True)
+    loss = run.mean(torch.zeros(0, 2) @ w)
+    loss.backward()
+    assert loss == 0 and w.grad.tolist() == [0, 0]
 
 
-def test_nothing_stays_from_epoch_to_epoch(tmp_path, tiny_clip, monkeypatch):
-    """After the sixth epoch of twelve, when all that is made once has been made, and after the last."""
-    make_folder(tmp_path / "data")
-    saves, seen, save_state, out = [], [], checkpoints.save_state, tmp_path / "out"
+def test_pairs_are_image_and_class(tmp_path):
+    b, k = Run(arguments(tmp_path)).pairs(torch.tensor([[0., 1, 1], [0, 0, 0], [1, 0, 0]]))
+    assert (b.tolist(), k.tolist()) == ([0, 0, 2], [1, 2, 0])
 
-    def save_and_look(*args):
-        save_state(*args)
-        saves.append(1)
-        if len(saves) in (4, 6, 12):                                             # the first look makes things of its own
-            seen.append(held())
 
-    monkeypatch.setattr(checkpoints, "save_state", save_and_look)
-    shared = ["--data", tmp_path / "data", "--out", out, "--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0", "--batch-size", "2"]
-    train = ["--crop", "16", "--clip", tiny_clip, "--epochs", "12"]
-    assert call("train_cls.py", *shared, "--generator", "cnn_toy", "--backbone", "none", "--epochs", "1", "--crop", "16").returncode == 0
-    for script, *flags in (("train_match.py", *train), ("train_prompt.py", *train, "--views", "2"),
-                           ("train_seg.py", "--model", "segmenter_toy", "--init", "none", "--crop", "32", "--iterations", "24", "--save-every", "2",
-                            "--label-dir", tmp_path / "data/SegmentationClass")):
-        saves.clear(), seen.clear()
-        assert call(script, *shared, *flags).returncode == 0
-        _, (tensors, objects, *others), (tensors_now, objects_now, *others_now) = seen
-        assert len(saves) == 12 and others == others_now and objects_now - objects < 10, (script, seen)            # twelve steps
-        assert tensors_now - tensors < 50_000, (script, seen)                                                      # some batches hold more pairs than others
+def test_a_rank_ends_when_its_torchrun_is_gone(monkeypatch):
+    sent = []
+    monkeypatch.setattr(os, "kill", lambda *what: sent.append(what))
+    processes.end_with_parent(-1)                                               # no process has such a parent
+    assert sent == [(os.getpid(), signal.SIGTERM)]
+
+
+# ---------------------------------------------------------------- device, precision, seed
+
+def test_a_device_that_is_not_there(tmp_path):
+    with pytest.raises(ValueError, match="--device abacus: no such device"):
+        Run(arguments(tmp_path, device="abacus"))
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--device cuda: torch sees no GPU"):
+            Run(arguments(tmp_path, device="cuda"))
+
+
+@pytest.mark.parametrize("capability,precision", [((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")])
+def test_the_precision_of_a_gpu(monkeypatch, capability, precision):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert processes.best_precision(torch.device("cuda")) == precision
+
+
+def test_auto_is_off_on_a_cpu_and_part_of_what_is_saved(tmp_path):
+    args = arguments(tmp_path, amp="auto")
+    assert Run(args).amp == "off" and flags.recipe(args)["amp"] == "off"
+
+
+@pytest.mark.parametrize("amp,dtype", [("off", torch.float32), ("bf16", torch.bfloat16)])
+def test_autocast_and_an_inert_scaler(tmp_path, amp, dtype):
+    run = Run(arguments(tmp_path, amp=amp))
+    with run.autocast():
+        assert (torch.ones(256, 256) @ torch.ones(256, 256)).dtype == dtype
+    assert not run.scaler().is_enabled() and run.scaler().scale(torch.tensor(3.0)) == 3
+
+
+def test_deterministic_asks_pytorch_for_it(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(torch, "use_deterministic_algorithms", lambda *how, **more: asked.append((how, more)))
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    Run(arguments(tmp_path))
+    assert asked == [] and "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+    Run(arguments(tmp_path, deterministic=True))
+    assert asked == [((True,), {"warn_only": True})] and os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+
+
+def test_one_seed_for_everything_random(tmp_path):
+    def draw(seed):
+        Run(arguments(tmp_path, seed=seed))
+        return torch.rand(1).item(), np.random.rand(), processes.random.random()
+    first = draw(3)
+    assert draw(3) == first and not set(draw(4)) & set(first)
+
+
+# ---------------------------------------------------------------- the pool
+
+def square(x):
+    return x * x
+
+
+def fail(x):
+    raise ValueError(f"{x}.png is torn")
+
+
+def die(x):
+    if x == 2:
+        os._exit(3)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_pool_draws_tasks_when_there_is_room(workers):
+    drawn, given = [], []
+
+    def tasks():
+        for x in range(12):
+            drawn.append(x)
+            yield (x,)
+
+    for result in processes.pooled(square, tasks(), workers, "there"):
+        given.append(result)
+        assert len(drawn) - len(given) <= 2 * workers
+    assert sorted(given) == [x * x for x in range(12)] and (workers or given == sorted(given))
+
+
+@pytest.mark.parametrize("function,message", [
+    (fail, "^0.png is torn"), (die, "^there: a worker process died, .* fewer --workers; finished files")])
+def test_what_goes_wrong_in_the_pool_is_one_line(function, message):
+    with pytest.raises(ValueError, match=message):
+        list(processes.pooled(function, [(x,) for x in range(5)], 1, "there"))

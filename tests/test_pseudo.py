@@ -67,7 +67,7 @@ def test_crf_sees_the_present_classes_and_the_background(world):
     assert done.returncode == 0, done.stderr
     folder, found, seen = folders.Folder(voc), masks(out), set()
     for id, present in LABELS.items():
-        image = np.array(images.load_image(folder.picture(id)))
+        image = np.array(images.load_image(folder.image_path(id)))
         _, cam = maps.load_cam(out / "cam" / f"{id}.npy", folder.labels([id])[0])
         posterior = crf.dense_crf(image, np.concatenate([np.full((1, *cam.shape[1:]), 0.4, np.float32), cam]), preset="deeplab")
         want = np.array([0, *(k + 1 for k in present)])[posterior.argmax(0)]
@@ -180,10 +180,10 @@ def test_a_killed_worker_and_a_killed_run_go_on_to_the_same_masks(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize("spoil,words", [
-    (lambda v, o: maps.save_cam(o / "cam/a_2.npy", np.zeros((2, 40, 34))), ["a_2.npy: maps of 34x40 do not fit their picture of 40x34"]),
+    (lambda v, o: maps.save_cam(o / "cam/a_2.npy", np.zeros((2, 40, 34))), ["a_2.npy: maps of 34x40 do not fit their image of 40x34"]),
     (lambda v, o: np.save(o / "cam/a_2.npy", np.array([{}])), ["a_2.npy is not a plain .npy"]),
     (lambda v, o: maps.save_cam(o / "cam/a_4.npy", np.zeros((1, 34, 40))), ["a_4.npy has 1 maps", "2 classes"]),
-    (lambda v, o: (v / "JPEGImages/a_2.jpg").write_text("no picture"), ["a_2.jpg is not a readable picture"]),
+    (lambda v, o: (v / "JPEGImages/a_2.jpg").write_text("no picture"), ["a_2.jpg is not a readable image"]),
 ])
 def test_bad_input_is_one_line_from_any_process(world, spoil, words, workers):
     voc, out = world

@@ -1,19 +1,16 @@
-"""GradCAM on the frozen CLIP's vision transformer, as in CLIP-ES, which VPL builds on: where in a picture a text or a vision prototype is seen.
+"""GradCAM on CLIP's vision transformer (CLIP-ES, VPL): where an image shows a text or a vision prototype.
 
-    seen = last_inputs(clip, images)                                                  # images of one size: one forward pass
-    maps = class_maps(clip, *seen, columns, num_classes, b, k, scale=100, box=0.4)    # (P, h, w): every class of every picture, no autograd
+    x, attention, grid = last_inputs(clip, images)        # images of one size: one forward pass
+    maps = class_maps(clip, x, attention, grid, columns, num_classes, b, k, scale=100, box=0.4)
 
-which is gradcam(), and with `box` refine(), CLIP-ES's class-aware attention affinity (CAA).
+class_maps() is gradcam() and, with `box`, refine(), CLIP-ES's class-aware attention affinity (CAA). All
+classes of all images are one call, and the gradient is a closed form, not autograd.
 
-`clip` holds OpenAI's model as clip.model and its pixel statistics as clip.mean and clip.std. P counts pairs (picture, class): pair p is class
-column k[p] in picture b[p]. A picture is N = h w patch tokens after one class token. Whatever autocast says, only the forward pass of
-`last_inputs` is in half precision; all else is float32, or float64 for a float64 CLIP.
+`clip` holds OpenAI's model as clip.model and its pixel statistics as clip.mean and clip.std. Pair p of the P
+pairs is class column k[p] in image b[p]. An image is one class token, then N = h w patch tokens, of `width`
+channels; d is the width of one attention head. Under autocast only the forward pass of last_inputs is in half
+precision. Everything else is float32, or float64 for a float64 CLIP.
 """
-
-import io
-import os
-import uuid
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -21,39 +18,66 @@ import torch.nn.functional as F
 
 
 def at_least_float32(x):
+    """float64 stays, everything else becomes float32."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-# ------------------------------------------------------------------------------------------------- the forward pass
+# ---------------------------------------------------------------- the forward pass
+
+@torch.no_grad()
+def last_inputs(clip, images, layers=8, size=None):
+    """RGB in [0, 1] (B, 3, H, W) -> last block's input x (B, 1 + N, width), attention (B, N, N), grid (h, w)
+
+    The attention is the mean of the last `layers` blocks, the last one included, as in CLIP-ES.
+    """
+    inputs, attention, grid = run_blocks(clip, images, size, look=layers)
+    return inputs[-1], torch.stack(attention).mean(0), grid
+
+
+@torch.no_grad()
+def block_outputs(clip, images):
+    """-> the patch tokens that every block but the last puts out, a list of (B, N, width); grid (h, w)"""
+    inputs, _, grid = run_blocks(clip, images)
+    return [x[:, 1:] for x in inputs[1:]], grid
+
 
 @torch.no_grad()
 def run_blocks(clip, images, size=None, look=0):
-    """(B, 3, H, W) RGB in [0, 1] -> what enters each block (B, 1 + N, width); of the last `look` blocks the attention between patches (B, N, N),
-    mean over heads; grid (h, w)
+    """-> each block's input, (B, 1 + N, width); attention of each of the last `look` blocks; grid (h, w)
 
-    No attention is made where none is wanted: memory there grows with N, not N^2. The picture, or `size` (H, W) if given, is resized to the
-    nearest multiples of the patch, and the position embedding to that grid."""
+    Attention is that between patches, (B, N, N), the mean over heads. Only blocks looked at hold one: the
+    memory of the others grows with N, not N^2. Images, or `size` (H, W) if given, are resized to the nearest
+    multiples of the patch.
+    """
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
-        raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: GradCAM reads a vision transformer, take ViT-B/16")
+        raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: "
+                         "GradCAM reads a vision transformer, take ViT-B/16")
     patch = visual.conv1.kernel_size[0]
     h, w = (max(1, round(n / patch)) for n in size or images.shape[-2:])
     if images.shape[-2:] != (h * patch, w * patch):
-        images = F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-    x = visual.conv1((images - clip.mean) / clip.std).flatten(2).transpose(1, 2)                          # (B, N, width)
+        images = F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True)
+        images = images.clamp(0, 1)
+    x = visual.conv1((images - clip.mean) / clip.std).flatten(2).transpose(1, 2)  # (B, N, width)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + positions(visual, h, w)
-    x = layer_norm(visual.ln_pre, x)                                                  # (B, 1 + N, width)
+    x = layer_norm(visual.ln_pre, x)                              # (B, 1 + N, width)
 
     inputs, attention, blocks = [x], [], visual.transformer.resblocks
     for n, block in enumerate(blocks, 1):
-        last, looked, x = n == len(blocks), n > len(blocks) - look, inputs[-1]
+        looked = n > len(blocks) - look
+        u = layer_norm(block.ln_1, x)
         if looked:
-            _, _, v, A = attend(block.attn, layer_norm(block.ln_1, x))
+            _, _, v, A = attend(block.attn, u)
             attention.append(A[:, :, 1:, 1:].mean(1))
-        if not last:
-            o = A.to(v.dtype) @ v if looked else F.scaled_dot_product_attention(*queries_keys_values(block.attn, layer_norm(block.ln_1, x)))
-            x = x + block.attn.out_proj(merge(o))
-            inputs.append(x + block.mlp(layer_norm(block.ln_2, x)))
+        if n == len(blocks):
+            break
+        if looked:
+            o = A.to(v.dtype) @ v                                 # (B, heads, 1 + N, d)
+        else:
+            o = F.scaled_dot_product_attention(*queries_keys_values(block.attn, u))
+        x = x + block.attn.out_proj(merge(o))
+        x = x + block.mlp(layer_norm(block.ln_2, x))
+        inputs.append(x)
     return inputs, attention, (h, w)
 
 
@@ -63,58 +87,12 @@ def within(size, longest):
     return tuple(round(n * factor) for n in size)
 
 
-def last_inputs(clip, images, layers=8, size=None):
-    """-> what enters the last block x (B, 1 + N, width), attention (B, N, N): the mean of the last `layers` blocks, the last one included; grid (h, w)"""
-    inputs, attention, grid = run_blocks(clip, images, size, look=layers)
-    return inputs[-1], torch.stack(attention).mean(0), grid
-
-
-def block_outputs(clip, images):
-    """-> the patch tokens that every block but the last puts out, a list of (B, N, width); grid (h, w)"""
-    inputs, _, grid = run_blocks(clip, images)
-    return [x[:, 1:] for x in inputs[1:]], grid
-
-
-def stored_inputs(folder, ids, make, sound=lambda path: path):
-    """What make() -> x, attention, grid gives for the pictures `ids`, by way of half precision in folder/<id>.pt; read from there if all are there.
-
-    `sound`: is asked about a file before torch reads it (common.sound)."""
-    paths = [Path(folder) / f"{id}.pt" for id in ids]
-    if not all(path.exists() for path in paths):
-        x, attention, grid = make()
-        for path, *tensors in zip(paths, x.half().cpu(), attention.half().cpu()):
-            content = io.BytesIO()
-            torch.save([*(tensor.clone() for tensor in tensors), list(grid)], content)
-            beside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")          # another stage may be writing the same
-            try:
-                beside.write_bytes(content.getvalue())
-                os.replace(beside, path)                                              # a file that exists is whole
-            except OSError as error:
-                raise OSError(error.errno, error.strerror, str(path)) from error
-            finally:
-                beside.unlink(missing_ok=True)
-        return x.half().float(), attention.half().float(), grid
-    stored = []
-    for path in paths:
-        try:
-            x, attention, (h, w) = torch.load(sound(path), weights_only=True)
-            if x.dtype != torch.half or attention.dtype != torch.half or x.dim() != 2 or attention.shape != (h * w, h * w) or len(x) != 1 + h * w:
-                raise ValueError("other tensors")
-            if not (x.isfinite().all() and attention.isfinite().all()) or stored and (h, w) != tuple(stored[0][2]):
-                raise ValueError("NaN, or another size")
-            stored.append((x, attention, (h, w)))
-        except Exception as error:                                                    # zip, pickle and torch each raise their own for a torn file
-            raise ValueError(f"{path} is damaged ({type(error).__name__}): remove it and run again") from None
-    x, attention = (torch.stack([row[i] for row in stored]).float() for i in (0, 1))
-    return x, attention, tuple(stored[0][2])
-
-
 def positions(visual, h, w):
-    """The position embedding for h x w patches -> (1 + N, width)"""
+    """The position embedding, resized to h x w patches -> (1 + N, width)"""
     first, grid = visual.positional_embedding[:1], visual.positional_embedding[1:]
     side = round(len(grid) ** 0.5)
     grid = grid.T.reshape(1, -1, side, side)
-    grid = F.interpolate(grid, (h, w), mode="bilinear", align_corners=False)          # (1, width, h, w)
+    grid = F.interpolate(grid, (h, w), mode="bilinear", align_corners=False)      # (1, width, h, w)
     return torch.cat([first, grid[0].flatten(1).T])
 
 
@@ -135,33 +113,34 @@ def merge(x):
 
 def queries_keys_values(attn, u):
     """u (B, n, width) -> q, k, v (B, heads, n, d)"""
-    return [split(part, attn.num_heads) for part in F.linear(u, attn.in_proj_weight, attn.in_proj_bias).chunk(3, -1)]
+    qkv = F.linear(u, attn.in_proj_weight, attn.in_proj_bias)
+    return [split(part, attn.num_heads) for part in qkv.chunk(3, -1)]
 
 
 def attend(attn, u):
-    """u (B, n, width) -> q, k, v (B, heads, n, d), softmax(q k / sqrt d) (B, heads, n, n)"""
+    """u (B, n, width) -> q, k, v (B, heads, n, d), A = softmax(q k / sqrt d) (B, heads, n, n)"""
     q, k, v = queries_keys_values(attn, u)
     return q, k, v, at_least_float32(q * attn.head_dim ** -0.5 @ k.mT).softmax(-1)
 
 
-# ------------------------------------------------------------------------------------------------- the last block, forward and back
+# ---------------------------------------------------------------- the last block, forward and back
 
 def last_block(clip, x):
-    """The last block's patch tokens, each step kept under its name: o the heads' outputs, y after attention, a inside the MLP, z after it."""
+    """The last block's patch tokens after each step, from its input x (B, 1 + N, width)."""
     visual, block = clip.model.visual, clip.model.visual.transformer.resblocks[-1]
-    u = layer_norm(block.ln_1, x)                                                     # (B, 1 + N, width)
-    q, k, v, A = attend(block.attn, u)                                                # as in attend, n = 1 + N
-    q, A = q[:, :, 1:], A[:, :, 1:]                                                   # no patch looks back at what the class token becomes
-    o = A @ v                                                                         # (B, heads, N, d)
-    y = x[:, 1:] + block.attn.out_proj(merge(o))                                      # (B, N, width)
-    a = block.mlp.c_fc(layer_norm(block.ln_2, y))                                     # (B, N, 4 width)
-    z = y + block.mlp.c_proj(block.mlp.gelu(a))                                       # (B, N, width)
-    patches = layer_norm(visual.ln_post, z) @ visual.proj                             # (B, N, D)
+    u = layer_norm(block.ln_1, x)                                 # (B, 1 + N, width)
+    q, k, v, A = attend(block.attn, u)
+    q, A = q[:, :, 1:], A[:, :, 1:]  # what the class token becomes, no patch reads
+    o = A @ v                                                     # (B, heads, N, d): the heads' outputs
+    y = x[:, 1:] + block.attn.out_proj(merge(o))                  # (B, N, width): after attention
+    a = block.mlp.c_fc(layer_norm(block.ln_2, y))                 # (B, N, 4 width): inside the MLP
+    z = y + block.mlp.c_proj(block.mlp.gelu(a))                   # (B, N, width): after the MLP
+    patches = layer_norm(visual.ln_post, z) @ visual.proj         # (B, N, D)
     return SimpleNamespace(u=u, q=q, k=k, v=v, A=A, o=o, y=y, a=a, z=z, patches=patches)
 
 
 def layer_norm_back(norm, x, c):
-    """c, the gradient at the norm's output, taken to its input x. (P, N, width)"""
+    """c, the gradient at the norm's output, taken to its input x.   (P, N, width)"""
     x, c = x - x.mean(-1, keepdim=True), c * norm.weight
     inverse = (x.square().mean(-1, keepdim=True) + norm.eps).rsqrt()
     x = x * inverse
@@ -175,60 +154,75 @@ def quick_gelu_slope(a):
 
 
 def attention_back(attn, q, k, v, A, o, c):
-    """c (P, N, width), the gradient at the attention's output, taken to one vector added to all patch tokens of its input -> (P, width)
+    """The gradient for one vector that is added to all patch tokens of the attention's input.   -> (P, width)
 
-    That vector moves the queries, keys and values of all patches alike, so only sums over tokens are needed. The gradient at a score is
-    A_ij r_i (v_j - o_i). Over the keys j it adds up to 0, so over the patches' keys, which move, to minus the class token's, which does not."""
-    r = split(c @ attn.out_proj.weight, attn.num_heads)                               # (P, heads, N, d): gradient at o
-    r_o = (r * o).sum(-1, keepdim=True)                                               # (P, heads, N, 1)
-    to_class = A[..., :1]                                                             # (P, heads, N, 1): attention to the class token
-    keys = (A.mT @ r * v).sum(-1, keepdim=True) - A.mT @ r_o                          # (P, heads, 1 + N, 1): at a key's scores, over all queries
-    first = to_class * ((r * v[:, :, :1]).sum(-1, keepdim=True) - r_o)                # (P, heads, N, 1): at a query's score of the class token
-    to_q = (keys * k).sum(2) * attn.head_dim ** -0.5                                  # (P, heads, d)
+    c (P, N, width) is the gradient at the attention's output. The vector moves the queries, keys and values
+    of all patches alike, so only sums over tokens are needed. The gradient at score ij is A_ij r_i (v_j -
+    o_i), with r the gradient at o. It sums to 0 over all keys j. The class token's key does not move, so the
+    sum over those that do, the patches', is minus the gradient at the class token's score.
+    """
+    r = split(c @ attn.out_proj.weight, attn.num_heads)           # (P, heads, N, d): gradient at o
+    r_o = (r * o).sum(-1, keepdim=True)                           # (P, heads, N, 1)
+    to_class = A[..., :1]                                         # (P, heads, N, 1)
+    # Gradients at the scores: for each key, summed over queries (P, heads, 1 + N, 1); for the class token's.
+    keys = (A.mT @ r * v).sum(-1, keepdim=True) - A.mT @ r_o
+    first = to_class * ((r * v[:, :, :1]).sum(-1, keepdim=True) - r_o)    # (P, heads, N, 1)
+    to_q = (keys * k).sum(2) * attn.head_dim ** -0.5              # (P, heads, d)
     to_k = -(first * q).sum(2) * attn.head_dim ** -0.5
     to_v = ((1 - to_class) * r).sum(2)
     return torch.cat([part.flatten(1) for part in (to_q, to_k, to_v)], 1) @ attn.in_proj_weight
 
 
+# ---------------------------------------------------------------- GradCAM
+
 def gradcam_weights(clip, last, columns, competes, b, k, scale):
-    """GradCAM's channel weights, the mean over patches of d L / d u -> (P, width), for L = t_k - log sum_{j != k} exp t_j, t = scale e . column.
+    """GradCAM's channel weights, the mean over patches of dL / du, u = ln_1(x).   -> (P, width)
 
-    L is the log-odds of the softmax's p_k. d p_k = p_k (1 - p_k) d L, and a map's scale is lost in its min-max: same map, but dL does not vanish
-    where p_k is 0 or 1. The mean over patches is 1/N of the gradient for one vector added to all patches of u = ln_1(x)."""
+        L = t_k - log sum_{j != k} exp t_j,   t_j = scale e . column_j,   e = readout(clip, x)[0]
+
+    L is the log-odds of the softmax's p_k: d p_k = p_k (1 - p_k) dL. Both give the same map, since min-max
+    removes the factor, but dL does not vanish where p_k is 0 or 1. The mean over patches is 1/N of the
+    gradient for one vector added to u at all patches.
+    """
     visual, block = clip.model.visual, clip.model.visual.transformer.resblocks[-1]
-    mean = last.patches.mean(1)                                                       # (B, D)
+    mean = last.patches.mean(1)                                   # (B, D)
     e, length = F.normalize(mean, dim=-1), mean.norm(dim=-1, keepdim=True)
-    rivals = competes[b] & (torch.arange(len(columns), device=k.device) != k.unsqueeze(1))                # (P, M)
+    rivals = competes[b] & (torch.arange(len(columns), device=k.device) != k.unsqueeze(1))  # (P, M)
     t = scale * (e @ columns.T)[b]
-    q = torch.where(rivals, t.masked_fill(~rivals, -torch.inf).softmax(-1), 0)        # a class without a rival: L = t_k
-    c = scale * (columns[k] - q @ columns)                                            # (P, D): gradient at e
-    c = (c - e[b] * (e[b] * c).sum(-1, keepdim=True)) / length[b]                     # (P, D): at the mean
+    q = torch.where(rivals, t.masked_fill(~rivals, -torch.inf).softmax(-1), 0)    # without a rival: L = t_k
+    c = scale * (columns[k] - q @ columns)                        # (P, D): gradient at e
+    c = (c - e[b] * (e[b] * c).sum(-1, keepdim=True)) / length[b]         # (P, D): at the mean
 
-    patches = last.z.shape[1]                                                         # N
-    c = (c @ visual.proj.T / patches).unsqueeze(1)                                    # (P, 1, width): at ln_post's output, the same for every patch
-    c = layer_norm_back(visual.ln_post, last.z[b], c)                                 # (P, N, width): at z
-    inside = c @ block.mlp.c_proj.weight * quick_gelu_slope(last.a)[b]                # (P, N, 4 width): at a
-    c = c + layer_norm_back(block.ln_2, last.y[b], inside @ block.mlp.c_fc.weight)    # (P, N, width): at y
-    return attention_back(block.attn, last.q[b], last.k[b], last.v[b], last.A[b], last.o[b], c) / patches
+    N = last.z.shape[1]
+    c = (c @ visual.proj.T / N).unsqueeze(1)                      # (P, 1, width): at ln_post, of every patch
+    c = layer_norm_back(visual.ln_post, last.z[b], c)             # (P, N, width): at z
+    inside = c @ block.mlp.c_proj.weight * quick_gelu_slope(last.a)[b]    # (P, N, 4 width): at a
+    c = c + layer_norm_back(block.ln_2, last.y[b], inside @ block.mlp.c_fc.weight)  # (P, N, width): at y
+    return attention_back(block.attn, last.q[b], last.k[b], last.v[b], last.A[b], last.o[b], c) / N
 
 
 @torch.no_grad()
 def gradcam(clip, x, grid, columns, competes, b, k, scale):
-    """x (B, 1 + N, width) and grid from `last_inputs` -> maps (P, h, w) in [0, 1]: relu(sum over channels of weight u), min-max.
+    """CLIP-ES, GradCAM: min-max(relu(sum over channels of weight u)).   -> (P, h, w) in [0, 1]
 
-    columns (M, D): texts or prototypes of unit length. competes (B, M) bool: those in a picture's softmax, its present classes and all backgrounds.
-    scale: 100 for texts, 1 / tau_I for vision prototypes. Memory: each pair holds its picture's heads x N x N attention of the last block."""
+    x (B, 1 + N, width), grid: of last_inputs. columns (M, D): texts or prototypes of unit length.
+    competes (B, M) bool: the columns in an image's softmax, its present classes and all backgrounds.
+    scale: 100 for texts, 1 / tau_I for prototypes.
+    Memory: every pair holds its image's attention in the last block, heads x N x N.
+    """
     with torch.autocast(x.device.type, enabled=False):
         last = last_block(clip, at_least_float32(x))
         weights = gradcam_weights(clip, last, columns.to(last.u), competes, b, k, scale)
-        cam = (last.u[b, 1:] @ weights.unsqueeze(-1)).relu()                          # (P, N, 1)
+        cam = (last.u[b, 1:] @ weights.unsqueeze(-1)).relu()      # (P, N, 1)
     return min_max(cam.view(len(b), *grid))
 
 
 def class_maps(clip, x, attention, grid, columns, num_classes, b, k, scale, box=None):
-    """CLIP-ES's maps of the pairs (b, k), every present class against the other present ones and all backgrounds -> (P, h, w) in [0, 1]
+    """CLIP-ES's maps: each present class against the other present ones and all backgrounds.   -> (P, h, w)
 
-    columns (M, D): the classes', then the backgrounds'. `box`: refined by CAA inside the boxes above this share of a map's maximum."""
+    columns (M, D): the classes', then the backgrounds'. `box`: refine inside the boxes around what is above
+    this share of a map's maximum; None: no refinement.
+    """
     competes = torch.zeros(len(x), len(columns), dtype=torch.bool, device=x.device)
     competes[:, num_classes:] = True
     competes[b, k] = True
@@ -242,11 +236,11 @@ def min_max(maps):
     return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
 
 
-# ------------------------------------------------------------------------------------------------- the same pass read as features
+# ---------------------------------------------------------------- the same pass read as features
 
 @torch.no_grad()
 def readout(clip, x):
-    """-> the picture e (B, D), unit length, and its patches (B, N, D), not normalised: e is the direction of their mean, without the class token."""
+    """-> e (B, D), the mean of the patches to unit length, and the patches (B, N, D). No class token."""
     with torch.autocast(x.device.type, enabled=False):
         patches = last_block(clip, at_least_float32(x)).patches
     return F.normalize(patches.mean(1), dim=-1), patches
@@ -254,7 +248,10 @@ def readout(clip, x):
 
 @torch.no_grad()
 def patch_features(clip, x, kind="patch"):
-    """-> every patch in CLIP's joint space (B, N, D), unit length: the readout's ("patch"), or its own value in the last block ("value")."""
+    """Every patch in CLIP's joint space, to unit length.   -> (B, N, D)
+
+    kind: "patch", as in readout, or "value", the patch's own value in the last block's attention, projected.
+    """
     if kind == "patch":
         return F.normalize(readout(clip, x)[1], dim=-1)
     if kind != "value":
@@ -266,10 +263,10 @@ def patch_features(clip, x, kind="patch"):
     return F.normalize(value, dim=-1)
 
 
-# ------------------------------------------------------------------------------------------------- class-aware attention affinity
+# ---------------------------------------------------------------- class-aware attention affinity
 
 def affinity(attention):
-    """CLIP-ES, CAA: three times columns, then rows, to sum 1 (Sinkhorn); then (A + A^T) / 2.   (B, N, N) -> same, once per picture"""
+    """CLIP-ES, CAA: three times columns, then rows to sum 1 (Sinkhorn); (A + A^T) / 2.   (B, N, N) -> same"""
     A = at_least_float32(attention)
     for _ in range(3):
         A = A / A.sum(1, keepdim=True)
@@ -278,22 +275,28 @@ def affinity(attention):
 
 
 def refine(maps, T, b, threshold):
-    """CLIP-ES, CAA: T (T (box * map)), min-max.   maps (P, h, w), T (B, N, N) -> (P, h, w)
+    """CLIP-ES, CAA: min-max(T T (box * map)).   maps (P, h, w), T (B, N, N) -> (P, h, w)
 
-    box: the bounding boxes of all connected parts of the map above `threshold` of its maximum. T T is never formed: two products with a vector."""
+    box: the bounding boxes of the connected parts of the map above `threshold` of its maximum. T T is never
+    formed: two products with a vector.
+    """
     box = boxes(maps > threshold * maps.amax((1, 2), keepdim=True))
     with torch.autocast(maps.device.type, enabled=False):
-        T, cam = T[b], (maps * box).flatten(1).unsqueeze(-1).to(T)                    # (P, N, N), (P, N, 1)
+        T, cam = T[b], (maps * box).flatten(1).unsqueeze(-1).to(T)        # (P, N, N), (P, N, 1)
         return min_max((T @ (T @ cam)).view_as(maps))
 
 
 def boxes(lit):
     """(P, h, w) bool -> bool: the union of the bounding boxes of its connected parts (eight neighbours)"""
-    y, x = torch.meshgrid(*(torch.arange(n, dtype=torch.float32, device=lit.device) for n in lit.shape[1:]), indexing="ij")
-    place = torch.stack([-y, -x, y, x])                                               # (4, h, w)
-    far = torch.where(lit.unsqueeze(1), place, -torch.inf)                            # (P, 4, h, w): ends of a pixel's part, as far as it is known
+    axes = [torch.arange(n, dtype=torch.float32, device=lit.device) for n in lit.shape[1:]]
+    y, x = torch.meshgrid(*axes, indexing="ij")
+    place = torch.stack([-y, -x, y, x])                           # (4, h, w)
+    # (P, 4, h, w): how far a pixel's part reaches to each side; the knowledge spreads by one pixel a turn.
+    far = torch.where(lit.unsqueeze(1), place, -torch.inf)
     before = None
     while before is None or not torch.equal(before, far):
-        before, far = far, torch.where(lit.unsqueeze(1), F.max_pool2d(far, 3, 1, 1), -torch.inf)
-    inside = place.flatten(1).unsqueeze(1) <= far.flatten(2).unsqueeze(-1)            # (P, 4, N, N): is pixel j within this end of pixel i's part
+        before = far
+        far = torch.where(lit.unsqueeze(1), F.max_pool2d(far, 3, 1, 1), -torch.inf)
+    # (P, 4, N, N): does pixel j lie within this end of pixel i's part
+    inside = place.flatten(1).unsqueeze(1) <= far.flatten(2).unsqueeze(-1)
     return inside.all(1).any(1).view_as(lit)

@@ -1,12 +1,13 @@
-"""Scores: the dataset-level confusion matrix and what is read off it. int64 throughout, so sums over processes are exact."""
+"""Scores: the confusion matrix of a data set, int64 so that sums over processes are exact, and its IoU."""
 import torch
 
 
 def confusion(truth, prediction, num_classes):
     """Label maps of one size -> (C, C) int64, rows truth, columns prediction; C counts the background.
 
-    255 in the truth is left out. A prediction outside 0..C-1 (255) is a miss: it counts against its true class and for none,
-    in one more column, (C, C + 1), which is there only if there are misses."""
+    255 in the truth is left out. A prediction outside 0..C-1 (255) is a miss: it counts against its true
+    class and for none. Misses stand in one more column, (C, C + 1), which is there only if there are any.
+    """
     truth, prediction = (torch.as_tensor(x).long() for x in (truth, prediction))
     if truth.shape != prediction.shape:
         raise ValueError(f"truth is {tuple(truth.shape)}, prediction {tuple(prediction.shape)}")
@@ -15,9 +16,11 @@ def confusion(truth, prediction, num_classes):
     truth, prediction = truth[scored], prediction[scored]
     if truth.numel() and (truth.max() >= num_classes or truth.min() < 0):
         raise ValueError(f"truth holds label {truth.max()}, there are {num_classes} classes")
-    prediction = torch.where((prediction < 0) | (prediction >= num_classes), num_classes, prediction)
+    missed = (prediction < 0) | (prediction >= num_classes)
+    prediction = torch.where(missed, num_classes, prediction)
     columns = num_classes + 1
-    matrix = torch.bincount(truth * columns + prediction, minlength=num_classes * columns).view(num_classes, columns)
+    matrix = torch.bincount(truth * columns + prediction, minlength=num_classes * columns)
+    matrix = matrix.view(num_classes, columns)
     return matrix if matrix[:, -1].any() else matrix[:, :-1]
 
 
@@ -28,7 +31,10 @@ def add(total, matrix):
 
 
 def iou(matrix):
-    """(C, C) or (C, C + 1) -> (C,) float64, NaN where a class occurs in neither truth nor prediction. mIoU is its nanmean."""
+    """(C, C) or (C, C + 1) -> (C,) float64, NaN where a class is in neither truth nor prediction.
+
+    mIoU is its nanmean.
+    """
     hit = matrix.diagonal().double()
     union = matrix.sum(1) + matrix[:, :len(matrix)].sum(0) - matrix.diagonal()
     return hit / union.double()
@@ -40,17 +46,19 @@ def pixel_accuracy(matrix):
 
 
 def sweep(truth, label, score, thresholds, num_classes):
-    """Confusion matrices (T, C, C) of one picture for every threshold in one pass.
+    """Confusion matrices (T, C, C) of one image for all ascending thresholds (T,) in one pass.
 
-    label (H, W): the class each pixel takes if it is foreground (1..C-1); score (H, W): foreground where score > threshold.
-    Pixels are counted once, by how many of the ascending thresholds they exceed; a suffix sum gives each threshold's foreground."""
+    label (H, W): the class 1..C-1 a pixel takes as foreground; score (H, W): foreground where score >
+    threshold. Pixels are counted once, by how many thresholds they exceed; a suffix sum gives each
+    threshold's foreground.
+    """
     truth, label, score = (torch.as_tensor(x).flatten() for x in (truth, label, score))
-    truth = truth.masked_fill(truth == 255, num_classes)                    # a row of their own, left out below: taking these pixels out takes longer
-    exceeded = torch.searchsorted(thresholds, score)                        # thresholds strictly below the score: 0..T
+    truth = truth.masked_fill(truth == 255, num_classes)          # a row of their own, dropped below
+    exceeded = torch.searchsorted(thresholds, score)              # thresholds below the score: 0..T
     size = (len(thresholds) + 1, num_classes + 1, num_classes)
     index = torch.add(label.long(), truth, alpha=size[2]).add_(exceeded, alpha=size[1] * size[2])
     counts = torch.bincount(index, minlength=size[0] * size[1] * size[2]).view(size)[:, :-1]
-    above = counts.flip(0).cumsum(0).flip(0)                                # [t]: exceeds at least t thresholds
-    matrices = above[1:].clone()                                            # threshold number t is exceeded by those that exceed t + 1
-    matrices[:, :, 0] += (above[0] - above[1:]).sum(-1)                     # all others are background
+    above = counts.flip(0).cumsum(0).flip(0)                      # [t]: exceeds at least t thresholds
+    matrices = above[1:].clone()
+    matrices[:, :, 0] += (above[0] - above[1:]).sum(-1)           # all others are background
     return matrices

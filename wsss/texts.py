@@ -1,34 +1,51 @@
-"""Class names and texts: synonyms, templates, backgrounds."""
+"""What CLIP's text encoder reads: templates, synonyms, backgrounds. Names are part of the methods."""
 
+# From the authors' code, not in the paper: CLIP-ES writes synonyms into VOC's class names.
+SYNONYMS = {
+    "bird": "bird avian",
+    "chair": "chair seat",
+    "person": "person with clothes,people,human",
+    "tvmonitor": "tvmonitor screen",
+}
 
-from plumbing import files
+# Differs from the paper: VPL compares "single prompt" with "ensemble prompts" and prints one text, which is
+# CLIP-ES's. The ensemble here is that text with CLIP-ES's synonyms in it.
+PROMPTS = {  # template, and whether synonyms stand in for class names
+    "single": ("a photo of a {}.", False),
+    "ensemble": ("a clean origami {}.", True),
+}
 
+# CLIP-ES, VOC: what may lie behind the objects.
+VOC_BACKGROUNDS = """
+    ground land grass tree building wall sky lake water river sea railway railroad keyboard helmet cloud house
+    mountain ocean road rock street valley bridge sign
+""".split()
 
-# From the authors' code, not in the paper: CLIP-ES writes synonyms into the class name.
-SYNONYMS = {"bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human", "tvmonitor": "tvmonitor screen"}
+# CLIMS, VOC: what often lies beside the objects; the texts of its loss CBS.
 CLIMS_BACKGROUNDS = "tree river sea lake water railway railroad track stone rocks".split()
 
 
-def class_texts(classes, template="a photo of {}.", synonyms=False):
-    """Texts for CLIP: `template` over class names; CLIP-ES's synonyms in the name if asked."""
-    if template.count("{}") != 1 or set(template.replace("{}", "")) & {"{", "}"}:
-        raise ValueError(f"--template {template!r}: a text with one {{}} in it, where the class's name goes")
-    return [template.format(SYNONYMS.get(name, name) if synonyms else name) for name in classes]
+def class_texts(classes, template="a photo of {}."):
+    """SemPLeS 3.2.1, t_k: the class names in a template."""
+    around = template.replace("{}", "", 1)
+    if around == template or "{" in around or "}" in around:
+        raise ValueError(f"template {template!r}: write one {{}} in it, where the class name goes")
+    return [template.format(name) for name in classes]
 
 
-def manual_texts(source="clims", template="a photo of {}."):
-    """Texts of what occurs beside objects, named by hand: of CLIMS's ten backgrounds, or of the names in a file, one a line."""
-    names = CLIMS_BACKGROUNDS if source == "clims" else [line.strip() for line in files.read_lines(source) if line.strip()]
-    if not names:
-        raise ValueError(f"{source} is empty: write one name a line")
+def manual_texts(names=CLIMS_BACKGROUNDS, template="a photo of {}."):
+    """CLIMS: background names in a template."""
     return class_texts(names, template)
 
 
-# Differs from the paper: VPL compares a single prompt with an ensemble and names one text of it. CLIP-ES's is that one; the ensemble is its synonyms.
-PROMPTS = {"single": ("a photo of a {}.", False), "ensemble": ("a clean origami {}.", True)}       # template, synonyms in the name
+def backgrounds(classes):
+    """CLIP-ES's background names: VOC's 25; for the 80 classes of COCO without keyboard and sign."""
+    coco = len(classes) == 80 and "toothbrush" in classes
+    return [name for name in VOC_BACKGROUNDS if not (coco and name in ("keyboard", "sign"))]
 
 
-def prompt_texts(folder, prompt="ensemble", template=None):
-    """Texts of a folder's classes, then of its backgrounds, for CLIP's GradCAM; `template` in place of the prompt's."""
+def prompt_texts(classes, backgrounds, prompt="ensemble", template=None):
+    """CLIP-ES and VPL: texts of the classes, then of the backgrounds. `template` replaces the usual one."""
     usual, synonyms = PROMPTS[prompt]
-    return class_texts(folder.classes, template or usual, synonyms) + class_texts(folder.backgrounds, template or usual)
+    names = [SYNONYMS.get(name, name) for name in classes] if synonyms else list(classes)
+    return class_texts(names + list(backgrounds), template or usual)

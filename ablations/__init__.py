@@ -1,0 +1,1 @@
+"""What only a table of the papers needs. `python -m ablations` lists it."""

@@ -1,0 +1,164 @@
+"""Predicts your own photographs with a trained network, or VOC 2012's test split for its server.
+
+Reads   <out>/seg.pt (train_seg.py); --images: a folder of photographs, or --voc-test: the split test of
+--data Writes  <out>/pred/<folder>/<name>.png: palette label maps of the photographs' own size, and overlays
+<name>.jpg
+        <out>/comp6_test.tgz: the VOC server's archive, checked (comp6: CLIP and ImageNet are outside data)
+
+Finished predictions are kept: an interrupted run goes on.
+
+    python predict.py --out runs/voc --images photos
+    python predict.py --data /data/VOC2012 --out runs/voc --voc-test
+"""
+import argparse
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from plumbing import checkpoints, files, flags, folders, guard, networks, processes
+from plumbing.images import IMAGE_ENDINGS, image_size, load_image, to_float
+from plumbing.masks import IGNORE, load_mask, palette, save_mask
+from wsss import crf
+
+FREE = ("split", "limit", "batch_size", "seed", "clip", "images", "voc_test")       # a prediction is the same
+VOC_TEST = 1456                                                                # images of VOC 2012's test set
+
+
+def parse():
+    p = flags.parser(__doc__, split="test", data=False)
+    g = p.add_argument_group("prediction")
+    g.add_argument("--images", type=Path, help="folder of your own images: no --data, no truth")
+    g.add_argument("--max-side", type=flags.natural, default=640,
+                   help="--images: larger images are predicted at this longer side; 0: as they are")
+    g.add_argument("--voc-test", action="store_true", help="predict VOC's test split and write the server's "
+                                                           "archive")
+    g.add_argument("--scales", type=flags.above_zero, nargs="+", default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75],
+                   help="sizes of the image to average probabilities over")
+    g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
+                   help="average with the mirrored image")
+    g.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
+                   help="dense CRF on the probabilities, in --workers processes")
+    g.add_argument("--preset", choices=list(crf.PRESETS), default="deeplab", help="its parameters")
+    g.add_argument("--clip", help="CLIP of a clip_decoder, if it is not where it was in training")
+    args = p.parse_args()
+    if (args.images is None) != args.voc_test:
+        p.error("one of --images DIR and --voc-test")
+    if args.voc_test and args.data is None:
+        p.error("--voc-test needs --data")
+    return args
+
+
+class Photos:
+    """A folder of somebody's own images, by file name without ending; as much of Folder as prediction
+    needs."""
+
+    def __init__(self, root, max_side):
+        self.max_side, self.paths = max_side, {}
+        if not root.is_dir():
+            raise FileNotFoundError(f"{root} is not a folder: --images is a folder of images")
+        for path in sorted(path for path in root.iterdir() if path.suffix in IMAGE_ENDINGS):
+            if path.stem in self.paths:
+                raise ValueError(f"{path} and {self.paths[path.stem].name} would both be written to "
+                                 f"{path.stem}.png: rename one")
+            self.paths[path.stem] = path
+        if not self.paths:
+            raise FileNotFoundError(f"{root} holds no image ({', '.join(IMAGE_ENDINGS[:3])})")
+
+    def image_path(self, id):
+        return self.paths[id]
+
+    def image(self, id):
+        enough = (2 * self.max_side, 2 * self.max_side)                               # for a good filter
+        image = load_image(self.paths[id], enough if self.max_side else None)
+        if self.max_side:                                                             # 12 megapixels: 37 GB
+            image.thumbnail((self.max_side, self.max_side), Image.BICUBIC)
+        return to_float(image)
+
+
+def finish(id, image, probability, path, args, classes, where, device="cpu"):
+    """An image as it was predicted (H, W, 3) uint8, probabilities (1 + C, H, W) -> its label map, written."""
+    if args.crf:
+        probability = crf.dense_crf(image, probability, args.preset, device=device)
+    mask = np.uint8(probability.argmax(0))
+    if args.images:
+        jpeg = io.BytesIO()                                   # PIL's JPEG writer does not notice a full disk
+        draw_overlay(image, mask, classes).save(jpeg, format="JPEG", quality=92)
+        with files.atomic(where / f"{id}.jpg") as beside:
+            beside.write_bytes(jpeg.getvalue())
+        mask = np.array(Image.fromarray(mask).resize(image_size(path)[::-1], Image.NEAREST))
+    save_mask(where / f"{id}.png", mask)                      # last: it marks the image as finished
+    return mask
+
+
+def draw_overlay(image, mask, classes):
+    """The image under the colours of its prediction, outlined, with the names of the classes below."""
+    colour = palette()[mask]                                  # (H, W, 3)
+    edge = np.zeros(mask.shape, bool)
+    edge[1:] = mask[1:] != mask[:-1]
+    edge[:, 1:] |= mask[:, 1:] != mask[:, :-1]
+    shown = np.where(mask[..., None] > 0, 0.45 * image + 0.55 * colour, image)
+    shown[edge] = 255
+    found = [k for k in np.unique(mask) if k > 0]
+    height, width = mask.shape
+    canvas = Image.new("RGB", (width, height + 16 * max(1, len(found))), "white")
+    canvas.paste(Image.fromarray(np.uint8(shown)))
+    draw = ImageDraw.Draw(canvas)
+    for row, k in enumerate(found):
+        top = height + 16 * row
+        draw.rectangle((3, top + 3, 13, top + 13), fill=tuple(palette()[k].tolist()))
+        draw.text((18, top + 2), f"{classes[k - 1]}  {100 * (mask == k).mean():.0f} %", fill="black")
+    return canvas
+
+
+def write_archive(path, where, folder, ids):
+    """The VOC server's archive of the predictions. Every file is checked first."""
+    with files.atomic(path) as beside, tarfile.open(beside, "w:gz") as tar:
+        for id in ids:
+            file = where / f"{id}.png"
+            mask, size = load_mask(file, len(folder.classes)), image_size(folder.image_path(id))
+            with Image.open(file) as image:
+                if image.mode != "P" or mask.shape != size or (mask == IGNORE).any():
+                    raise ValueError(f"{file} is not a palette mask of {size[1]}x{size[0]} without 255: "
+                                     "remove it and run this command again")
+            tar.add(file, f"results/VOC2012/Segmentation/comp6_test_cls/{id}.png")
+
+
+def main():
+    args = parse()
+    run = processes.Run(args)
+    where = args.out / "pred" / (args.images.resolve().name if args.images else args.split)
+    if args.images and args.images.resolve() == where.resolve():
+        raise ValueError(f"{args.images} is where predictions are written: move the images to another folder")
+    folder = Photos(args.images, args.max_side) if args.images else folders.Folder(args.data)
+    ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
+    if args.voc_test and (folder.classes != folders.VOC_CLASSES or len(ids) != VOC_TEST):
+        raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} images "
+                         f"in its split test, VOC 2012 has 20 and {VOC_TEST:,}")
+    seg = args.out / "seg.pt"
+    classes = checkpoints.load(seg, "seg", folder.classes if args.voc_test else None)["classes"]
+    guard.claim(where)
+    args.inputs = {"network": files.fingerprint(seg)}
+    source = (args.images or args.data).resolve().name
+    checkpoints.open_folder(where, args, run, FREE, classes=classes, data=source)
+
+    todo = [id for id in run.shard(ids) if not (where / f"{id}.png").exists()]
+    model = networks.load_segmenter(seg, run, args.clip)
+    pool = args.workers if args.crf and run.device.type == "cpu" else 0            # a GPU does the CRF itself
+    predicted = networks.predict(model, folder, todo, run, args, 0 if pool else args.workers)
+    tasks = ((*each, folder.image_path(each[0]), args, classes, where, run.device) for each in predicted)
+    for _ in run.progress(processes.pooled(finish, tasks, pool, where), "predictions", len(todo)):
+        pass
+    run.barrier()
+    message = f"{where}: {len(ids)} predictions"
+    if args.voc_test and run.main:
+        archive = args.out / "comp6_test.tgz"
+        write_archive(archive, where, folder, ids)
+        message = f"{archive}: to be sent to the VOC server as comp6"
+    run.close(message)
+
+
+if __name__ == "__main__":
+    guard.run(main)

@@ -1,0 +1,317 @@
+"""Checkpoints, folders of one recipe, and a training run that is interrupted, resumed, refused, broken."""
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import arguments, make_folder, rows, same, weights
+
+from plumbing import checkpoints, files, folders, guard, processes, samples
+from plumbing.processes import Run
+from tests.rigs import launch
+
+# ---------------------------------------------------------------- saving and loading
+
+
+def main():
+    """In a process of its own: saves one version after the other, until it is killed."""
+    for n in range(1, 10**6):
+        checkpoints.save(sys.argv[1], stage="x", model={"w": torch.full((100_000,), float(n))}, n=n)
+
+
+def test_a_checkpoint_is_whole_under_a_kill(tmp_path):
+    path = tmp_path / "x.pt"
+    process = launch.start([("test_checkpoints", path)], tmp_path / "output.txt")
+    while not path.exists():
+        time.sleep(0.01)
+    seen = set()
+    for wait in range(8):                                              # read while it is written again
+        time.sleep(0.01 * (wait + 1))
+        if wait == 7:
+            process.kill()
+            process.join()
+        content = torch.load(path, weights_only=True)
+        assert (content["model"]["w"] == content["n"]).all()
+        seen.add(content["n"])
+    assert len(seen) > 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")
+@pytest.mark.parametrize("length", [10, 1_000_000])
+def test_a_full_disk_names_the_checkpoint(tmp_path, length):
+    (tmp_path / ".x.pt.part").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: '.*x.pt'"):
+        checkpoints.save(tmp_path / "x.pt", stage="x", model=torch.zeros(length))
+    assert os.listdir(tmp_path) == []
+
+
+def test_load_says_what_to_run(tmp_path):
+    path = tmp_path / "match.pt"
+    with pytest.raises(FileNotFoundError, match="match.pt is missing: run train_match.py first"):
+        checkpoints.load(path)
+    checkpoints.save(path, stage="match", classes=["a", "b"], args={}, model={})
+    assert checkpoints.load(path, "match", ["a", "b"])["stage"] == "match"
+    with pytest.raises(ValueError, match="'match', 'refine' is needed: run train_refine.py"):
+        checkpoints.load(path, "refine")
+    with pytest.raises(ValueError, match=r"other classes \(2: a, b\) than this data folder's \(2: a, c\)"):
+        checkpoints.load(path, "match", ["a", "c"])
+    for content, message in (({"model": {}}, "no stage"), ({"stage": "match", "args": {}}, "no 'classes'")):
+        torch.save(content, path)
+        with pytest.raises(ValueError, match=f"match.pt h.*{message}"):
+            checkpoints.load(path)
+    path.write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(ValueError, match="not a checkpoint of this project .*run train_match.py again"):
+        checkpoints.load(path)
+
+
+class Bomb:
+    def __reduce__(self):
+        return os.mkdir, ("bombed",)
+
+
+def test_a_checkpoint_runs_no_code(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"stage": "match", "classes": [], "args": {}, "x": Bomb()}, "match.pt")
+    with pytest.raises(ValueError, match="not a checkpoint"):
+        checkpoints.load("match.pt")
+    assert not Path("bombed").exists()
+    torch.load("match.pt", weights_only=False)                         # that would have run it
+    assert Path("bombed").exists()
+
+
+def test_weights_load_strictly(tmp_path):
+    model, good = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3).state_dict()
+    checkpoints.load_weights(model, good, "x.pt")
+    assert same(model.state_dict(), good)
+    bias = good["bias"]
+    for wrong in ({"bias": bias}, {**good, "weight": torch.ones(3, 3)}, {**good, "more": bias}):
+        with pytest.raises(ValueError, match="x.pt does not fit"):
+            checkpoints.load_weights(model, wrong, "x.pt")
+    with pytest.raises(ValueError, match="x.pt: bias holds NaN or infinity"):
+        checkpoints.load_weights(model, {**good, "bias": torch.tensor([1, 2, float("inf")])}, "x.pt")
+
+
+# ---------------------------------------------------------------- a training run
+
+@pytest.fixture
+def data(tmp_path):
+    yield make_folder(tmp_path / "data")                               # five images: an epoch is two steps
+    guard.release()
+
+
+def train(data, out, change=None, start=None, **more):
+    """Eight noisy steps of a small network, in the shape of a trainer. `change` may spoil or stop a step."""
+    args = arguments(out, batch_size=2, workers=0, log_every=2, **more)
+    run = Run(args)
+    keeper = checkpoints.Keeper(run, args, "cls.pt", start=start)
+    if keeper.finished:
+        return None
+    folder = folders.Folder(data)
+    ids = folder.ids("train")
+    augment = samples.train_transform(8)
+    loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
+    layers = torch.nn.Flatten(), torch.nn.Linear(192, 4), torch.nn.Dropout(0.5), torch.nn.Linear(4, 3)
+    model = torch.nn.Sequential(*layers)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+    parallel = keeper.begin(model, optimizer, schedule, loader, 8)
+    for images, labels in keeper.steps():
+        noise = torch.rand(()) + np.random.rand() + processes.random.random()
+        loss = run.mean((parallel(images) + noise - labels).square().flatten())
+        loss = change(keeper.done + 1, loss) if change else loss
+        optimizer.zero_grad(set_to_none=True)
+        keeper.backward(loss)
+        keeper.step()
+        keeper.after(loss=loss, noise=noise)
+    keeper.finish(model=model, classes=folder.classes)
+    return weights(out / "cls.pt")
+
+
+def told(out):
+    """The log without its clock."""
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out / "cls.jsonl")]
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(step, how):
+    def change(now, loss):
+        if now == step and how == "kill":
+            raise Killed
+        if now == step:
+            signal.raise_signal(how)
+        return loss
+    return change
+
+
+@pytest.mark.parametrize("how", ["kill", signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("step", [5, 6])
+def test_resumed_is_uninterrupted_bit_for_bit(data, tmp_path, capsys, how, step):
+    """States are of step 3 and 6: a kill in step 5 or 6 goes back to 3. A signal saves its own step."""
+    train(data, tmp_path / "a", save_every=3)
+    with pytest.raises((Killed, SystemExit)):
+        guard.run(lambda: train(data, tmp_path / "b", kill_at(step, how), save_every=3))
+    saved = 3 if how == "kill" else step
+    said = f"interrupted; step {saved} is saved in {tmp_path / 'b/cls.last.pt'}: to go on, run the same"
+    assert how == "kill" or said in capsys.readouterr().err
+    assert torch.load(tmp_path / "b/cls.last.pt", weights_only=True)["step"] == saved
+    assert not (tmp_path / "b/cls.pt").exists()
+    guard.run(lambda: train(data, tmp_path / "b", save_every=3))
+    assert same(weights(tmp_path / "a/cls.pt"), weights(tmp_path / "b/cls.pt"))
+    if how == "kill" or step == 6:                                     # else a line at step 5 is one more
+        assert told(tmp_path / "a") == told(tmp_path / "b")
+
+
+def test_another_recipe_is_refused_by_the_flag_that_differs(data, tmp_path):
+    with pytest.raises(Killed):
+        train(data, tmp_path / "a", kill_at(5, "kill"), save_every=2, lambda_b=2.4)
+    with pytest.raises(ValueError, match=r"cls.last.pt was made with --lambda-b 2.4 \(now 0.75\)"):
+        train(data, tmp_path / "a", save_every=2, lambda_b=0.75)
+    whole = train(data, tmp_path / "a", lambda_b=2.4)                  # --save-every decides no number
+    assert train(data, tmp_path / "a", lambda_b=2.4) is None           # it is finished
+    with pytest.raises(ValueError, match=r"cls.pt was made with --seed 0 \(now 1\).*or --no-resume"):
+        train(data, tmp_path / "a", lambda_b=2.4, seed=1)
+    again = train(data, tmp_path / "a", lambda_b=2.4, seed=1, resume=False)
+    assert not torch.equal(again["1.weight"], whole["1.weight"])
+
+
+def test_another_start_file_is_refused(data, tmp_path):
+    start = tmp_path / "start.pt"
+    start.write_bytes(b"one")
+    train(data, tmp_path / "a", start=start)
+    start.rename(tmp_path / "moved.pt")
+    assert train(data, tmp_path / "a", start=tmp_path / "moved.pt") is None       # the same file elsewhere
+    (tmp_path / "moved.pt").write_bytes(b"two")
+    with pytest.raises(ValueError, match="cls.pt was made from another start file than is there now"):
+        train(data, tmp_path / "a", start=tmp_path / "moved.pt")
+
+
+def test_a_pool_left_out_is_that_of_the_file_of_s():
+    args = arguments("x", pool=None)
+    checkpoints.same_recipe("cls.pt", {**vars(arguments("x")), "pool": "avg"}, args)
+    args.pool = "max"
+    with pytest.raises(ValueError, match=r"--pool avg \(now max\)"):
+        checkpoints.same_recipe("cls.pt", {**vars(arguments("x")), "pool": "avg"}, args)
+
+
+@pytest.mark.parametrize("change", [lambda s: {k: v for k, v in s.items() if k != "schedule"},
+                                    lambda s: {**s, "random": [{"python": None}]}, lambda s: 5, None])
+def test_a_damaged_state_is_one_line(data, tmp_path, change):
+    with pytest.raises(Killed):
+        train(data, tmp_path / "a", kill_at(3, "kill"), save_every=2)
+    path = tmp_path / "a/cls.last.pt"
+    if change is None:
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        torch.save(change(torch.load(path, weights_only=True)), path)
+    with pytest.raises(ValueError, match="cls.last.pt is damaged .*: remove it, the stage then starts again"):
+        train(data, tmp_path / "a", save_every=2)
+
+
+# ---------------------------------------------------------------- what is not finite
+
+def test_a_loss_that_is_not_finite_leaves_the_state_from_before(data, tmp_path):
+    """From step 5 on the loss is NaN; a state was due after step 6."""
+    whole = train(data, tmp_path / "a", save_every=3)
+    with pytest.raises(ValueError, match="the loss is nan on the batch a_., a_., ...: look at these images"):
+        train(data, tmp_path / "b", lambda step, loss: loss / 0 * 0 if step >= 5 else loss, save_every=3)
+    assert torch.load(tmp_path / "b/cls.last.pt", weights_only=True)["step"] == 3
+    assert not (tmp_path / "b/cls.pt").exists()
+    assert same(whole, train(data, tmp_path / "b", save_every=3))
+
+
+def test_weights_that_a_step_breaks_are_not_saved(data, tmp_path):
+    """The loss of step 2 is finite, its gradient is not: only the next loss would show it."""
+    def break_gradient(step, loss):
+        if step == 2:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    message = "cls.last.pt: 1.weight holds NaN or infinity after step 2, .*: not saved; lower --lr"
+    with pytest.raises(ValueError, match=message):
+        train(data, tmp_path / "a", break_gradient, save_every=1)
+    assert torch.load(tmp_path / "a/cls.last.pt", weights_only=True)["step"] == 1
+
+
+def test_fp16_leaves_out_steps_whose_gradients_overflow(data, tmp_path):
+    """From step 2 on. Each halves the scale and changes neither weights nor optimizer; the schedule goes on.
+    A scale as small as 1e-6 shows that no step will ever be taken: no state is saved."""
+    def overflow(step, loss):
+        loss.register_hook(lambda gradient: gradient * (1 if step == 1 else float("inf")))
+        return kill_at(4, "kill")(step, loss)
+
+    with pytest.raises(Killed):
+        train(data, tmp_path / "a", overflow, amp="fp16", save_every=1)
+    state = torch.load(tmp_path / "a/cls.last.pt", weights_only=True)
+    assert state["scaler"]["scale"] == 2**10 / 4 and state["schedule"]["last_epoch"] == state["step"] == 3
+    assert {each["step"].item() for each in state["optimizer"]["state"].values()} == {1}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "scaler", lambda run: torch.amp.GradScaler("cpu", init_scale=2e-6))
+        with pytest.raises(ValueError, match="no step is taken, since fp16 gradients .* after step 3, "):
+            train(data, tmp_path / "b", overflow, amp="fp16", save_every=3)
+    assert not (tmp_path / "b/cls.last.pt").exists()
+
+
+# ---------------------------------------------------------------- folders of many files
+
+def claim(folder, monkeypatch, script="make_cam.py", keep=False, facts=None, **more):
+    monkeypatch.setattr(sys, "argv", [f"/here/{script}"])
+    args = arguments(folder.parent, **more)
+    checkpoints.open_folder(folder, args, Run(args), ("split",), keep=keep, **(facts or {}))
+
+
+def test_a_folder_belongs_to_the_script_that_made_it(tmp_path, monkeypatch):
+    """Another script, and files without a recipe or with a foreign one, are refused even with --no-resume;
+    nothing of theirs goes."""
+    folder = tmp_path / "cam"
+    claim(folder, monkeypatch)
+    (folder / "a.npy").write_bytes(b"map")
+    claim(folder, monkeypatch)
+    for resume in (True, False):
+        with pytest.raises(ValueError, match="cam holds what make_cam.py made: make_segments.py writes to a"):
+            claim(folder, monkeypatch, "make_segments.py", resume=resume)
+    for note in ("{}", None):
+        (folder / "recipe.json").unlink()
+        if note:
+            (folder / "recipe.json").write_text(note)
+        with pytest.raises(ValueError, match="cam holds what another program made"):
+            claim(folder, monkeypatch, resume=False)
+    assert (folder / "a.npy").read_bytes() == b"map"
+    (folder / "a.npy").unlink()
+    claim(folder, monkeypatch)                                         # empty, it is nobody's
+    (folder / "a.npy").write_bytes(b"map")
+    claim(folder, monkeypatch, resume=False)
+    assert not (folder / "a.npy").exists()
+
+
+def test_a_folder_is_of_one_recipe_and_of_the_same_facts(tmp_path, monkeypatch):
+    folder = tmp_path / "cam"
+    claim(folder, monkeypatch, facts={"classes": ["a", "b"]})
+    mark = files.fingerprint(folder)
+    claim(folder, monkeypatch, facts={"classes": ["a", "b"]}, split="val", workers=0)
+    assert files.fingerprint(folder) == mark
+    with pytest.raises(ValueError, match=r"cam was made with --seed 0 \(now 1\)"):
+        claim(folder, monkeypatch, facts={"classes": ["a", "b"]}, seed=1)
+    with pytest.raises(ValueError, match=r"cam was made with other classes \(2: a, b, now 1: a\)"):
+        claim(folder, monkeypatch, facts={"classes": ["a"]})
+    claim(folder, monkeypatch, facts={"classes": ["a"]}, resume=False)
+    assert files.fingerprint(folder) != mark
+
+
+def test_a_claimed_folder_is_unfinished_and_swept(tmp_path, monkeypatch):
+    """With `keep`, --no-resume keeps what is of this recipe."""
+    folder = tmp_path / "cam"
+    claim(folder, monkeypatch)
+    for name in ("a.npy", ".b.npy.part"):
+        (folder / name).write_bytes(b"map")
+    (tmp_path / "cam.json").write_text("{}")
+    claim(folder, monkeypatch, resume=False, keep=True)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.npy", "cam", "recipe.json"]
+    claim(folder, monkeypatch, resume=False, keep=True, seed=1)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cam", "recipe.json"]
