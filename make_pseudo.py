@@ -162,9 +162,8 @@ def main():
                    args)
     args.inputs = {"cam": files.fingerprint(cams)}
     if args.segments:
-        refuse_missing(ids, lambda id: segments.segments_path(args.segments, id), f"{args.segments}: "
-                                                                                  "segments",
-                       "hosts/make_segments.py", args)
+        refuse_missing(ids, lambda id: segments.segments_path(args.segments, id),
+                       f"{args.segments}: segments", "python -m hosts.make_segments", args)
         args.inputs["segments"] = files.fingerprint(args.segments)
     checkpoints.open_folder(where, args, run, free=FREE, classes=folder.classes)
 

@@ -349,7 +349,7 @@ def draw_regions(args, folder, found, run):
     paths = [results.out / "seg.pt" for results in found]
     for path in filter(Path.exists, paths):
         content = checkpoints.load(path, "seg", folder.classes)
-        if content["args"]["model"] != "clip_decoder":
+        if content["args"]["model"] != "clip_decoder" or len(ids) < 3:
             continue
         name = find_clip(args, content)
         if name is None:
@@ -380,10 +380,10 @@ def find_curves(rows):
     """Rows of a log -> {name: [(step, value)]}, the loss first."""
     curves = {"loss": []}
     for row in rows:
-        numbers = {name: value for name, value in row.items() if isinstance(value, (int, float))}
-        for name in numbers.keys() - {"step", "seconds", "epoch"}:
-            if math.isfinite(numbers[name]):
-                curves.setdefault(name, []).append((row["step"], numbers[name]))
+        for name, value in row.items():
+            number = isinstance(value, (int, float)) and math.isfinite(value)
+            if number and name not in ("step", "seconds", "epoch"):
+                curves.setdefault(name, []).append((row["step"], value))
     return {name: points for name, points in curves.items() if points}
 
 

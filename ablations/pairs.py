@@ -162,8 +162,8 @@ def each(values):
 
 def markdown(head, rows):
     """A list of names and lists of cells -> a table"""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
+    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
 def write(mark, text):

@@ -144,7 +144,7 @@ class Sam:
         found = [found[i] for i in suppress(found, [1 / area for area in areas], args.nms)]
         if args.min_area:
             cleaned = [clean(s, args.min_area, size) for s in found]
-            untouched = [1.0 for s, before in zip(cleaned, found)]
+            untouched = [float(s is before) for s, before in zip(cleaned, found)]
             found = [cleaned[i] for i in suppress(cleaned, untouched, args.nms)]
         return uncovered(found, args.covered) if args.covered else found
 

@@ -117,7 +117,7 @@ def numbers(config):
         each = value if isinstance(value, (list, tuple)) else [value]
         return all(isinstance(x, (bool, int, float)) for x in each)
 
-    return {name: value for name, value in config.items() if is_number(value)}
+    return {name: value for name, value in config.items() if is_number(value) and name != "out_indices"}
 
 
 def new_mask2former(name, num_classes, init="none"):

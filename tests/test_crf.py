@@ -130,6 +130,17 @@ def test_unaries_by_hand():
     torch.testing.assert_close(crf.softmax_unary(prob).flatten(), torch.tensor(want))
 
 
+@pytest.mark.parametrize("preset, want", [
+    ("weaktr", ("labels", 4, 3, 83, 5, 3)),
+    ("irn", ("labels", 3, 3, 50, 5, 10)),
+    ("deeplab", ("softmax", 1, 3, 67, 3, 4)),
+    ("psa", ("softmax", 3, 3, 80, 13, 10)),
+])
+def test_presets_are_the_published_ones(preset, want):
+    names = ("unary", "sxy_gaussian", "compat_gaussian", "sxy_bilateral", "srgb", "compat_bilateral")
+    assert crf.PRESETS[preset] == dict(zip(names, want))
+
+
 # ---------------------------------------------------------------- what it does
 
 def test_wrong_labels_in_a_plain_region_are_put_right(backend):

@@ -19,6 +19,8 @@ def small(classes=3, **other):
     model = generator.DeiT(classes, **{**SMALL, **other})
     for parameter in model.parameters():
         parameter.data += 0.2 * torch.randn_like(parameter)   # fresh, its attention would be uniform
+    model.adaptive_attention_fusion.attn_feat_ffn[1].bias.data += 2
+    model.adaptive_attention_fusion.attn_head_ffn[0].weight.data.abs_()               # its ReLU is then alive
     return model.eval()
 
 
@@ -56,14 +58,14 @@ def naive(model, image, pool):
     order = [(head, layer) for head in range(heads) for layer in range(depth)]        # head * depth + layer
     scores = []
     for head, layer in order:
-        part = branch[layer][:, head::heads]                  # channels head, head + heads, ...
+        part = branch[layer].detach()[:, head::heads]         # channels head, head + heads, ...
         part = part.max(0).values if pool == "max" else part.mean(0)
         for linear in fusion.attn_feat_ffn:
             part = F.linear(part, linear.weight, linear.bias)
         scores.append(part[0])
     narrow, wide = fusion.attn_head_ffn[0].weight, fusion.attn_head_ffn[2].weight
     weights = torch.sigmoid(wide @ torch.relu(narrow @ torch.stack(scores)))
-    fused = sum(weights[i] * attention[key] for i, key in enumerate(order)) / len(order)
+    fused = sum(weights[i] * attention[key].detach() for i, key in enumerate(order)) / len(order)
     fine = torch.zeros(C, h * w)
     for c in range(C):
         cam = fused[c, C:] * coarse[c].flatten().clamp(min=0)
@@ -74,16 +76,20 @@ def naive(model, image, pool):
 
 @pytest.mark.parametrize("pool,size", [("max", (16, 16)), ("max", (12, 24)), ("avg", (24, 8))])
 def test_maps_and_logits_are_the_methods(pool, size):
+    """And their gradients, of all weights: attention and branches are detached before they are fused."""
     model, images = small(pool=pool), torch.rand(2, 3, *size)
-    with torch.no_grad():
-        maps, logits = model(images)
-        for b in range(2):
-            want, want_logits = naive(model, images[b], pool)
-            torch.testing.assert_close(maps[b], want, atol=1e-6, rtol=1e-4)
-            for found, wanted in zip(logits, want_logits):
-                torch.testing.assert_close(found[b], wanted, atol=1e-5, rtol=1e-4)
-        assert torch.equal(model.maps(images), maps)
-        assert maps.min() >= 0 and maps.max() > 0
+    maps, logits = model(images)
+    assert torch.equal(model.maps(images), maps) and maps.min() >= 0 and maps.max() > 0
+    naive_maps, naive_logits = zip(*(naive(model, image, pool) for image in images))
+    pairs = [(maps, torch.stack(naive_maps)), *zip(logits, map(torch.stack, zip(*naive_logits)))]
+    for found, want in pairs:
+        torch.testing.assert_close(found, want, atol=1e-6, rtol=1e-4)
+    trained = generator.parameters_to_train(model, train_backbone=True)
+    factors = [torch.randn_like(found) for found, _ in pairs]
+    sides = [sum((f * side).sum() for f, side in zip(factors, values)) for values in zip(*pairs)]
+    for found, want in zip(*(torch.autograd.grad(side, trained) for side in sides)):
+        assert want.any()
+        torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-4 * want.abs().max().item())
 
 
 def test_any_size_goes_to_the_nearest_multiple_of_the_patch():

@@ -3,13 +3,14 @@ import itertools
 import json
 import shutil
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from conftest import LABELS, call, refused
 from PIL import Image
-from test_segments import H, W, blobs, packed, whole
+from test_segments import H, W, packed, whole
 
 from hosts import make_segments
 from plumbing import files, folders, processes
@@ -110,26 +111,16 @@ def naive_nms(boxes, scores, least):
 
 
 def components(of):
-    """Index arrays of the connected parts of a mask, diagonals too, by flooding."""
-    of = of.copy()
-    while of.any():
-        stack, member = [tuple(np.argwhere(of)[0])], []
-        of[stack[0]] = False
-        while stack:
-            y, x = stack.pop()
-            member.append((y, x))
-            for v, u in itertools.product((y - 1, y, y + 1), (x - 1, x, x + 1)):
-                if 0 <= v < of.shape[0] and 0 <= u < of.shape[1] and of[v, u]:
-                    of[v, u] = False
-                    stack.append((v, u))
-        yield tuple(np.array(member).T)
+    """Index arrays of the connected parts of a whole image's mask, diagonals too."""
+    labels, count = pytest.importorskip("scipy.ndimage").label(of, np.ones((3, 3)))
+    return [np.nonzero(labels == n + 1) for n in range(count)]
 
 
 def naive_clean(mask, area):
     mask = mask.copy()
     for hole in components(~mask):
         mask[hole] |= len(hole[0]) < area
-    islands = list(components(mask))
+    islands = components(mask)
     most = max(len(island[0]) for island in islands)
     for island in islands:
         mask[island] = len(island[0]) >= min(area, most)
@@ -148,8 +139,10 @@ def test_small_islands_and_holes_go_exactly():
         assert np.array_equal(whole(got), naive_clean(mask, 12))
         assert (got.level, got.score, got.stability) == (2, 0.5, 0.25)
     square = segment(np.pad(np.ones((5, 5), bool), ((3, H - 8), (3, W - 8))))
-    for area in (12, 30):                                     # alone it stays, small or not
-        assert make_segments.clean(square, area, (H, W)) is square
+    lower = np.repeat([False, True], [3, H - 3])[:, None].repeat(8, 1)    # 24 pixels beyond its box
+    assert make_segments.clean(square, 30, (H, W)) is square              # alone it stays, though it is small
+    for mask in (lower, lower.T, lower[::-1], lower.T[:, ::-1]):
+        assert np.array_equal(whole(make_segments.clean(segment(mask), 12, mask.shape), mask.shape), mask)
 
 
 # ---------------------------------------------------------------- SAM: the whole
@@ -253,6 +246,23 @@ def test_sams_masks_are_those_of_one_point_at_a_time(sam, tmp_path, monkeypatch,
     assert len(want) > 8 and len({w[0] for w in want}) > 1
     assert [g[:2] for g in got] == [w[:2] for w in want]
     assert np.allclose([g[2:] for g in got], [w[2:] for w in want], atol=1e-5)
+
+
+def test_wholes_and_what_was_clean_are_preferred(monkeypatch):
+    square, spotted = np.zeros((2, 60, 90), bool)
+    square[10:30, 10:30] = True
+    spotted[11:30, 10:30] = spotted[50, 80] = True            # without its spot its box is almost the other's
+    segmenter = object.__new__(make_segments.Sam)
+
+    def left(*found, **flags):
+        usual = dict(crop_layers=0, points=1, nms=0.7, min_area=0, whole_first=True, covered=0)
+        segmenter.args = SimpleNamespace(**{**usual, **flags})
+        monkeypatch.setattr(make_segments.Sam, "in_crop", lambda *_: list(found))
+        return [s.score for s in segmenter(np.zeros((60, 90, 3), np.uint8))]
+
+    part, same, dirty = segment(square, 0, 0.75), segment(square, 2, 0.5), segment(spotted, 1, 0.875)
+    assert left(part, same) == [0.5] and left(part, same, whole_first=False) == [0.75]
+    assert left(dirty, part) == [0.875, 0.75] and left(dirty, part, min_area=20) == [0.75]
 
 
 def test_the_command_with_sam(sam, voc, tmp_path):

@@ -184,25 +184,18 @@ def test_segmenter_is_built_as_published():
     with torch.device("meta"):
         model = segmenter.Segmenter(20)
     blocks, layers = model.encoder.blocks, model.layers
-    assert (model.patch, model.grid, model.window) == (16, 30, (480, 320))
-    assert (len(blocks), len(layers), model.norm.normalized_shape) == (12, 2, (384,))
+    assert (model.patch, model.grid, model.window, len(blocks), len(layers)) == (16, 30, (480, 320), 12, 2)
     assert {block.attn.heads for block in [*blocks, *layers]} == {6}
     assert [block.drop_path for block in blocks] == pytest.approx([0.1 * i / 11 for i in range(12)])
-    assert {block.dropout for block in blocks} == {0.0}
     assert [(layer.drop_path, layer.dropout) for layer in layers] == [(0.0, 0.1)] * 2
 
 
 def test_noise_is_of_training_alone():
-    torch.manual_seed(0)
-    x, ones = torch.rand(400, 3, 8), torch.ones(400, 3, 8)
-    block = segmenter.Block(8, 2, drop_path=0.5).train()
-    assert block.drop(ones).unique().tolist() == [0, 2]
-    changed = (block(x) != x).flatten(1).any(1).float().mean()     # two branches, each half the time
-    assert 0.65 < changed < 0.85
-    assert torch.equal(block.eval()(x), block(x)) and not torch.equal(block(x), x)
-    block = segmenter.Block(8, 2, dropout=0.75).train()
-    assert block.drop(ones).unique().tolist() == [0, 4]
-    assert torch.equal(block.eval()(x), block(x))
+    x = torch.ones(400, 3, 8)
+    for noise, values in ({"drop_path": 0.5}, [0, 2]), ({"dropout": 0.75}, [0, 4]):
+        block = segmenter.Block(8, 2, **noise).train()
+        assert block.drop(x).unique().tolist() == values and not torch.equal(block(x), block(x))
+        assert torch.equal(block.eval()(x), block(x))
 
 
 @pytest.mark.parametrize("size", [(30, 41), (8, 5)])

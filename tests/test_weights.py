@@ -106,9 +106,9 @@ def test_a_file_named_by_its_checksum_must_have_it(stem, tmp_path):
 
 # ---------------------------------------------------------------- downloads
 
-@pytest.mark.parametrize("file", ["resnet101-63fe2227.pth", "deit_small_patch16_224-cd65a155.pth"])
-def test_imagenet_weights_come_from_their_publisher_and_nothing_else_stays(monkeypatch, tmp_path, file):
+def test_imagenet_weights_come_from_their_publisher_and_nothing_else_stays(monkeypatch, tmp_path):
     """Through torch.hub's folder; a download, and a kept file, of another SHA-256 is refused and removed."""
+    file = "resnet101-63fe2227.pth"
     url, _ = weights.PUBLISHED[file]
     place, other = tmp_path / "checkpoints" / file, save(tmp_path / "x.pth", {"fc.bias": torch.ones(3)})
     asked = []
@@ -171,9 +171,6 @@ def test_a_download_from_the_hub_is_checked(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"none/swin cannot be loaded: .*\(no such\): give a model's name"):
         weights.from_hub("none/swin")
     assert weights.from_hub(tmp_path) == str(tmp_path)        # a folder is somebody's own
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(ValueError, match="pip install transformers"):
-        weights.from_hub("good/swin")
 
 
 def test_the_weights_in_the_repository_are_those_of_their_list(tmp_path):

@@ -8,6 +8,7 @@ import signal
 import socket
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -19,6 +20,7 @@ IMPORTED = ["torch", "torchvision.transforms.v2", "plumbing.networks", "plumbing
 def live(jobs, output, environment, folder):
     """The life of a process: scripts (script, *flags), one after the other. Its output goes to a file."""
     os.setsid()                                               # as on a terminal: Ctrl-C is for all it starts
+    multiprocessing.set_start_method(None, force=True)        # of loaders: this python's default, not ours
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})          # the server blocks it
     os.environ.update(environment, OMP_NUM_THREADS="1")
@@ -34,8 +36,12 @@ def live(jobs, output, environment, folder):
     for script, *flags in jobs:
         module = importlib.import_module(script.removesuffix(".py"))
         sys.argv = [module.__file__, *flags]
-        print(f"== {os.environ.get('WORLD_SIZE', 1)} processes: {script} {shlex.join(flags)}", flush=True)
-        guard.run(module.main)
+        guard.run(partial(announce_and_run, module.main))
+
+
+def announce_and_run(main):
+    print(f"== {os.environ.get('WORLD_SIZE', 1)} processes: {shlex.join(sys.argv)}", flush=True)
+    main()
 
 
 def start(jobs, output, environment=(), folder=ROOT):

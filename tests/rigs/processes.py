@@ -203,7 +203,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--processes", type=int, nargs="+", default=[2, 3, 4])
     p.add_argument("--splits", nargs="+", choices=["train", "few", "bare"], default=["train", "few", "bare"])
-    p.add_argument("--only", nargs="+", choices=list(JOBS), help="these rows; in one process also what they read")
+    p.add_argument("--only", nargs="+", choices=list(JOBS), help="these rows, and in one process their needs")
     args = p.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
