@@ -21,7 +21,7 @@ VOC_BACKGROUNDS = """
     mountain ocean road rock street valley bridge sign
 """.split()
 
-# CLIMS, VOC: what often lies beside the objects; the texts of its loss CBS.
+# CLIMS, VOC: what often lies beside the objects. Their class_texts are those of its loss CBS.
 CLIMS_BACKGROUNDS = "tree river sea lake water railway railroad track stone rocks".split()
 
 
@@ -31,11 +31,6 @@ def class_texts(classes, template="a photo of {}."):
     if around == template or "{" in around or "}" in around:
         raise ValueError(f"template {template!r}: write one {{}} in it, where the class name goes")
     return [template.format(name) for name in classes]
-
-
-def manual_texts(names=CLIMS_BACKGROUNDS, template="a photo of {}."):
-    """CLIMS: background names in a template."""
-    return class_texts(names, template)
 
 
 def backgrounds(classes):
