@@ -136,16 +136,13 @@ def test_oracle_is_one_pass_and_stamped(mapped):
 
 def test_bad_maps_are_one_line(mapped):
     voc, out = mapped
-    line = flags(voc, out, "cam")
-    for content, word in (("{", "cam.json is not JSON"),
-                          ('{"classes": ["boat", "train", "cow"]}', "trained on other classes")):
-        (out / "cam.json").write_text(content)
-        refused(call(*line), word)
+    (out / "cam.json").write_text('{"classes": ["boat", "train", "cow"]}')
+    refused(call(*flags(voc, out, "cam")), "cam.json was trained on other classes")
     (out / "cam.json").unlink()
     (out / "cam/a_2.npy").unlink()
-    refused(call(*line), "a_2.npy is missing: run make_cam.py")
+    refused(call(*flags(voc, out, "cam")), "a_2.npy is missing: run make_cam.py")
     (voc / "SegmentationClass/a_1.png").unlink()
-    refused(call(*line), "a_1.png is missing: scoring needs true masks, training does not")
+    refused(call(*flags(voc, out, "cam")), "a_1.png is missing: scoring needs true masks, training does not")
     assert not list(out.glob("eval*"))
 
 
