@@ -1,5 +1,6 @@
 """Whole files, hashes, JSON, lists of lines, plain arrays: each refusal names the file."""
 import hashlib
+import json
 import os
 
 import numpy as np
@@ -17,6 +18,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         beside.write_text("half")
         raise RuntimeError
     assert files.read_json(path) == {"a": 1} and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    """Who has the old one open reads it to its end: no moment, and no kill, shows half of the new one."""
+    path = tmp_path / "x.json"
+    files.save_json(path, {"a": 1})
+    with open(path) as old:
+        files.save_json(path, {"a": 2})
+        assert json.load(old) == {"a": 1} and files.read_json(path) == {"a": 2}
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")

@@ -15,6 +15,7 @@ Counted, and 0 where the promises hold:
     python -m tests.rigs.faults --kills 12 --stages train_cls.py make_cam.py
 """
 import argparse
+import contextlib
 import os
 import random
 import re
@@ -86,8 +87,6 @@ def alive(session):
     return False
 
 
-# ---------------------------------------------------------------- what must not change
-
 def files(folder):
     return {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
 
@@ -153,7 +152,8 @@ def torment(line, folder, kills, draw, row):
         process.join(moment)
         struck, ended = time.time(), process.exitcode is not None
         if not ended:
-            (os.killpg if name == "Ctrl-C" else os.kill)(process.pid, SIGNALS[name][0])
+            with contextlib.suppress(ProcessLookupError):                   # it has just ended
+                (os.killpg if name == "Ctrl-C" else os.kill)(process.pid, SIGNALS[name][0])
             process.join(60)
             row[name] += 1
         elif moment is not None:

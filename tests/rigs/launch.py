@@ -27,11 +27,10 @@ def live(jobs, output, environment, folder):
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.chdir(folder)
-    import torch
-    torch.set_num_threads(1)
-    from plumbing import guard
+    from plumbing import guard, processes
+    processes.start_worker()                                  # one thread; it ends when its parent is gone
     if len(jobs) > 1:                                         # one process group for all of them
-        torch.distributed.destroy_process_group = lambda: None
+        processes.dist.destroy_process_group = lambda: None
     for script, *flags in jobs:
         module = importlib.import_module(script.removesuffix(".py"))
         sys.argv = [module.__file__, *flags]
