@@ -103,7 +103,7 @@ def open_clip(args, folder, run):
     clip = networks.load_clip(args.clip, run, vit=True)
     backgrounds = folder.backgrounds or texts.backgrounds(folder.classes)
     if args.source == "text":
-        columns = clip.encode_text(texts.prompt_texts(folder.classes, backgrounds, args.prompt))
+        columns = clip.encode_ensemble(texts.prompt_texts(folder.classes, backgrounds, args.prompt))
         tau, weights = args.tau_t, files.fingerprint(args.clip) or args.clip
     else:
         path = args.out / "prototypes.pt"
@@ -120,19 +120,24 @@ def open_clip(args, folder, run):
 
 
 @torch.no_grad()
-def make_maps(maps, images, b, k, scales, flip):
-    """Maps of the pairs (b, k) summed over scales and flips, then min-max per map: (P, H, W) in [0, 1]."""
+def make_maps(maps, images, b, k, args):
+    """Maps of the pairs (b, k) over scales and flips: (P, H, W) in [0, 1]. Those of S, which are raw, are
+    summed and min-max scaled; those of CLIP, which are in [0, 1], are averaged."""
     size = images.shape[-2:]
     total = images.new_zeros(len(b), *size)
-    for scale in scales:
+    for scale in args.scales:
         scaled = images
         if scale != 1:
+            # From the authors' code, not in the paper: as PIL's bicubic, antialiased, of 8-bit pixels.
             at = [max(1, round(n * scale)) for n in size]
-            scaled = F.interpolate(images, at, mode="bilinear", align_corners=False)
-        for mirrored in (False, True)[:1 + flip]:
+            scaled = F.interpolate(images, at, mode="bicubic", antialias=True, align_corners=False)
+            scaled = (255 * scaled).round().clamp(0, 255) / 255
+        for mirrored in (False, True)[:1 + args.flip]:
             part = maps(scaled.flip(-1) if mirrored else scaled, b, k)[:, None].float()    # (P, 1, h, w)
             part = F.interpolate(part, size, mode="bilinear", align_corners=False)[:, 0]
             total += part.flip(-1) if mirrored else part
+    if args.source in GRADCAM:
+        return total / (len(args.scales) * (1 + args.flip))
     low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
     return (total - low) / (high - low + 1e-8)
 
@@ -165,7 +170,7 @@ def main():
         b, k = run.pairs(labels[numbers])                                             # (P,) image and class
         images = images.to(run.device, non_blocking=True)
         with run.autocast():
-            made = make_maps(maps, images, b, k, args.scales, args.flip)              # (P, H, W)
+            made = make_maps(maps, images, b, k, args)                                # (P, H, W)
         made, b, k = shrink_maps(made, args.stride).cpu(), b.cpu(), k.cpu()
         for i, n in enumerate(numbers):
             if args.format:                                                 # first: the map marks it finished

@@ -67,8 +67,9 @@ def parse():
     g.add_argument("--segments", type=Path, help="folder of segments that vote for a class each (see above)")
     g.add_argument("--vote", choices=["sams", "sepl"], default="sams", help="with --segments: FMA-WSSS's or "
                                                                             "SEPL's")
-    g.add_argument("--power", type=flags.above_zero, default=0.6,
-                   help="exponent of the segments' background score in --vote sams; raise it if masks are "
+    g.add_argument("--power", type=flags.above_zero, default=0.7,
+                   help="exponent of the segments' background score in --vote sams (FMA-WSSS: 0.7 for "
+                        "its final VOC seeds, 0.6 for coarse ones, 1 on COCO); raise it if masks are "
                         "too large")
     args = p.parse_args()
     args.vote = args.vote if args.segments else None

@@ -86,7 +86,7 @@ def main():
     for images, labels in keeper.steps():
         labels = labels.to(run.device)                                                # (B, C)
         with run.autocast():
-            _, logits = S(images)                                                     # a tuple of (B, C)
+            _, logits = S(images, from_labels=True)                                   # a tuple of (B, C)
         parts = [run.mean(losses.cls_loss(z, labels)) for z in logits]
         loss = sum(parts)
 

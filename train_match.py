@@ -32,6 +32,8 @@ def parse():
     g.add_argument("--init", help="generator to start from instead of <out>/cls.pt: a published one or one "
                                   "of ours")
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--raw-names", action="store_true",
+                   help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1,
                    help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
@@ -65,7 +67,8 @@ def main():
     clip = networks.load_clip(args.clip, run)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     args.pool = S.pool
-    u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
+    class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
+    u_f = clip.encode_text(class_texts)                                               # (C, D), once
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
     ids = folder.ids(args.split, args.limit)
@@ -73,7 +76,7 @@ def main():
     trained = generator.parameters_to_train(S, args.train_backbone)
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader))
+    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader), texts=class_texts)
 
     for images, labels in keeper.steps():
         b, k = run.pairs(labels)                                                      # (P,) image and class

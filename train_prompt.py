@@ -42,6 +42,8 @@ def parse():
                    help="crops of each image to encode once and train on; 0: fresh crops every epoch")
     g.add_argument("--init", help="generator to take instead of <out>/match.pt: published or one of ours")
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--raw-names", action="store_true",
+                   help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
     g.add_argument("--mask-eps", type=flags.above_zero, default=1e-4,
                    help="m = (c - min) / (max - min + eps): a small map becomes a full mask here")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
@@ -122,7 +124,8 @@ def main():
     clip = networks.load_clip(args.clip, run)
     S = networks.load_generator(start, run, folder.classes, args.pool).eval().requires_grad_(False)
     args.pool = S.pool
-    u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
+    class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
+    u_f = clip.encode_text(class_texts)                                               # (C, D), once
     processes.seed_all(args.seed)                                              # on all ranks the same prompts
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
@@ -131,7 +134,7 @@ def main():
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    prompts = keeper.begin(model, optimizer, schedule, loader, args.epochs * len(loader))
+    prompts = keeper.begin(model, optimizer, schedule, loader, args.epochs * len(loader), texts=class_texts)
     stored = StoredFeatures(loader, clip, S, args, run) if args.views else None
 
     for v_b, area, k in keeper.steps(lambda: stored or encode_batches(loader, clip, S, args, run)):

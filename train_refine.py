@@ -2,7 +2,7 @@
 describes.
 
 Paper   SemPLeS 3.2.3, Eq. 3
-Reads   images and image labels of --data, CLIP, <out>/match.pt (train_match.py) or --init,
+Reads   images and image labels of --data, CLIP, <out>/cls.pt (train_cls.py) or --init,
         <out>/prompts.pt (train_prompt.py)
 Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl
 
@@ -13,7 +13,7 @@ The prompts p_k are those of train_prompt.py, fixed. The other learning schemes 
 6 are in ablations/schemes.py.
 
     python train_refine.py --data /data/VOC2012 --out runs/voc
-    python train_refine.py --data /data/VOC2012 --out runs/voc --init runs/voc/cls.pt   # from WeakTr again
+    python train_refine.py --data /data/VOC2012 --out runs/voc --init runs/voc/match.pt   # on from (a)
     python train_refine.py --data /data/COCO --out runs/coco --split train --batch-size 24 --lr 2.4e-7 \\
         --lambda-b 0.75 --lambda-refine 0.2 --pool avg
 """
@@ -34,9 +34,11 @@ def parse():
                    help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
     g.add_argument("--prompts", choices=["learned", "random"], default="learned",
                    help="random: prompts as initialised, a row of Table 5")
-    g.add_argument("--init", help="generator to start from instead of <out>/match.pt: published or one of "
+    g.add_argument("--init", help="generator to start from instead of <out>/cls.pt: published or one of "
                                   "ours")
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--raw-names", action="store_true",
+                   help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1,
                    help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
@@ -77,7 +79,9 @@ def load_prompts(args, clip, classes):
 def main():
     args = parse()
     run = processes.Run(args)
-    start = args.init or args.out / "match.pt"
+    # From the authors' code, not in the paper: (c) starts from the classification S again; only the prompts
+    # carry over from (a) and (b). Fig. 2 may be read as going on from (a): --init match.pt.
+    start = args.init or args.out / "cls.pt"
     learned = args.out / "prompts.pt" if args.prompts == "learned" else None
     keeper = checkpoints.Keeper(run, args, "refine.pt", start=start, clip=args.clip, prompts=learned)
     if keeper.finished:
@@ -89,8 +93,9 @@ def main():
     processes.seed_all(args.seed)                                            # random ones: on all ranks alike
     prompts = load_prompts(args, clip, folder.classes)
     processes.seed_all(args.seed + run.rank)
+    class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
     with torch.no_grad():
-        u_f = clip.encode_text(texts.class_texts(folder.classes))                     # (C, D), once
+        u_f = clip.encode_text(class_texts)                                           # (C, D), once
         u_b = prompts()                                                          # (C, D), once: p_k are fixed
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
@@ -99,7 +104,7 @@ def main():
     trained = generator.parameters_to_train(S, args.train_backbone)
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader))
+    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader), texts=class_texts)
 
     for images, labels in keeper.steps():
         b, k = run.pairs(labels)                                                      # (P,) image and class

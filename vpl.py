@@ -38,8 +38,8 @@ def parse():
     g = p.add_argument_group("what the texts mark (CLIP-ES)")
     g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a ViT")
     g.add_argument("--prompt", choices=list(texts.PROMPTS), default="ensemble",
-                   help="texts of classes and backgrounds (Table 4): 'a photo of a {}.', or CLIP-ES's 'a "
-                        "clean origami {}.' with synonyms")
+                   help="texts of classes and backgrounds (Table 4): 'a photo of a {}.'; CLIP-ES's 'a clean "
+                        "origami {}.' with synonyms; or the mean over seven templates")
     g.add_argument("--tau-t", type=flags.above_zero, default=0.01, help="CLIP's own temperature: 1 / its "
                                                                         "logit scale")
     g.add_argument("--affinity", action=argparse.BooleanOptionalAction, default=True,
@@ -62,6 +62,8 @@ def parse():
                    help="x of every marked pixel, or their mean over each class of an image")
     g.add_argument("--target", choices=["soft", "hard"], default="soft",
                    help="P' by the texts (Eq. 7), or by the maps (Eq. 3): 1 for the marked class")
+    g.add_argument("--harden", type=flags.share, default=0.0,
+                   help="rows of P' whose maximum exceeds this become one-hot, as in InMaP (0.6); 0: none")
     g.add_argument("--label-mask", action=argparse.BooleanOptionalAction, default=True,
                    help="leave the classes that an image does not hold out of its P'")
     g.add_argument("--learn-background", action=argparse.BooleanOptionalAction, default=True,
@@ -70,13 +72,15 @@ def parse():
     g.add_argument("--tau-i", type=flags.above_zero, default=0.03, help="temperature of the prototypes "
                                                                         "(Table 5)")
     g.add_argument("--steps", type=flags.positive, default=3000, help="steps over all pixels (T_w, Table 7)")
+    g.add_argument("--modify-gap", action="store_true",
+                   help="a row of Table 4: no learning, the texts are shifted by the gap between the means")
     g.add_argument("--lr", type=flags.above_zero, default=10.0,
                    help="first rate; it halves whenever the norm of the gradient grows")
     flags.training(p, log_every=50)
     return p.parse_args()
 
 
-NOT_OF_FEATURES = ("tau_i", "target", "label_mask", "steps", "lr", "batch_size")  # <out>/features is the same
+NOT_OF_FEATURES = ("tau_i", "target", "harden", "label_mask", "steps", "lr", "modify_gap", "batch_size")
 
 
 # ---------------------------------------------------------------- what the texts mark
@@ -142,7 +146,8 @@ def text_targets(x, marked, label, Z, args):
         allowed = marked[:, None] == owner                                    # one class, or every background
     elif args.label_mask:
         allowed = F.pad(label, (0, M - C), value=1).bool().expand(len(x), -1)
-    return losses.assignment(x, Z, args.tau_t, allowed)                               # Eq. 5
+    p_text = losses.assignment(x, Z, args.tau_t, allowed)                             # Eq. 5
+    return losses.harden(p_text, args.harden) if args.harden else p_text
 
 
 def read_features(Z, ids, labels, args, run):
@@ -180,7 +185,8 @@ def main():
 
     clip = networks.load_clip(args.clip, run, vit=True)
     # (M, D): classes, backgrounds
-    Z = clip.encode_text(texts.prompt_texts(classes, backgrounds, args.prompt))
+    prompts = texts.prompt_texts(classes, backgrounds, args.prompt)
+    Z = clip.encode_ensemble(prompts)                                           # (M, D): classes, backgrounds
     checkpoints.open_folder(args.out / "features", args, run, NOT_OF_FEATURES, keep=True, classes=classes,
                             backgrounds=backgrounds)
     collect_features(clip, Z, folder, ids, labels, args, run)
@@ -198,13 +204,15 @@ def main():
         return (mean - learned.double().mean(0)).norm().item()
 
     W, lr, norm, begin = Z.double(), args.lr, torch.inf, 0
+    if args.modify_gap:                                                               # Liang et al. 2022
+        W, begin = F.normalize(W + mean - W.mean(0), dim=1), args.steps
     if not args.resume:
         keeper.last.unlink(missing_ok=True)
-    if keeper.last.exists():
+    if keeper.last.exists() and not args.modify_gap:
         state = checkpoints.load(keeper.last, "descent", classes, run.device)
         checkpoints.same_recipe(keeper.last, state["args"], args)
         W, lr, norm, begin = (state[name] for name in ("W", "lr", "norm", "step"))
-    write_row = log.Log(args.out / "prototypes.jsonl", args, run, begin)
+    write_row = log.Log(args.out / "prototypes.jsonl", args, run, begin, texts=prompts)
 
     for step in run.progress(range(begin + 1, args.steps + 1), "prototypes", args.steps, begin):
         gradient, loss = losses.prototype_gradient(x, W, p_text, args.tau_i)     # Eq. 7, 10: sums over pixels

@@ -47,7 +47,8 @@ def parse():
     g.add_argument("--tau-cbs", type=float, default=0.26,
                    help="L_CBS counts a text from this cosine on (COCO: 0.285)")
     g.add_argument("--background-texts", default="clims",
-                   help="backgrounds of L_CBS: clims for CLIMS's ten, or a file of names, one a line")
+                   help="backgrounds of L_CBS: clims for CLIMS's own (VOC ten, COCO 88), or a file of names, "
+                        "one a line")
     g.add_argument("--lambda-reg", type=flags.number, default=0.2,
                    help="weight of L_REG, the mean of all maps; raise it if masks swallow the image")
     # Differs from the paper: it gives no lambda for CLIMS. This is its 0.05 times lambda_match.
@@ -95,9 +96,9 @@ def load_prompts(args, clip, classes):
     return prompts().detach()
 
 
-def background_names(given):
+def background_names(given, classes):
     if given == "clims":
-        return texts.CLIMS_BACKGROUNDS
+        return texts.clims_backgrounds(classes)
     names = [line.strip() for line in files.read_lines(given) if line.strip()]
     if not names:
         raise ValueError(f"{given} is empty: write a name a line")
@@ -118,7 +119,9 @@ def main():
     clip = networks.load_clip(args.clip, run)
     S = load_start(start, run, folder.classes)
     u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
-    u_t = clip.encode_text(texts.class_texts(background_names(args.background_texts)))        # (T, D)
+    # (T, D)
+    names = background_names(args.background_texts, folder.classes)
+    u_t = clip.encode_text(texts.fill("a photo of {}.", names))                       # (T, D)
     u_b = load_prompts(args, clip, folder.classes) if refines else None               # (C, D), fixed
 
     ids = folder.ids(args.split, args.limit)

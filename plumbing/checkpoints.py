@@ -174,13 +174,14 @@ class Keeper:
             return
         guard.claim(self.path)
 
-    def begin(self, model, optimizer, schedule, loader, steps):
-        """-> `model` for the loop: in training mode, under DDP, at the state that an interrupted run has
-        left."""
+    def begin(self, model, optimizer, schedule, loader, steps, **facts):
+        """-> `model` for the loop: in training mode, under DDP, at the state that an earlier run has left.
+
+        `facts` go into the log's first line."""
         self.model, self.optimizer, self.schedule, self.loader = model.train(), optimizer, schedule, loader
         self.scaler, self.total, self.done = self.run.scaler(), steps, 0
         self.resume()
-        self.log = log.Log(self.path.with_suffix(".jsonl"), self.args, self.run, self.done)
+        self.log = log.Log(self.path.with_suffix(".jsonl"), self.args, self.run, self.done, **facts)
         self.meter = log.Meter(self.run)
         return self.run.parallel(model)
 

@@ -174,7 +174,8 @@ def what_else(state, content):
 
 # ---------------------------------------------------------------- segmentation networks
 
-SEGMENTERS = ("deeplabv2_resnet101", "segmenter_deit_small", "deeplab_toy", "segmenter_toy")
+SEGMENTERS = ("deeplabv2_resnet101", "deeplabv2_resnet101_caffe", "segmenter_deit_small", "deeplab_toy",
+              "segmenter_toy")
 
 
 def new_segmenter(name, num_classes, init="none"):
@@ -183,6 +184,9 @@ def new_segmenter(name, num_classes, init="none"):
     if name == "deeplabv2_resnet101":
         backbone = segmenter.dilated_resnet101()
         model = segmenter.DeepLabV2(backbone, 2048, num_classes, stride=8, dilations=(6, 12, 18, 24))
+    elif name == "deeplabv2_resnet101_caffe":
+        backbone = segmenter.caffe_resnet101()
+        model = segmenter.DeepLabV2(backbone, 2048, num_classes, 8, (6, 12, 18, 24), segmenter.CAFFE)
     elif name == "segmenter_deit_small":
         model = segmenter.Segmenter(num_classes)
     else:
@@ -196,19 +200,21 @@ def new_segmenter(name, num_classes, init="none"):
     elif init != "none":
         content = weights.read(init)
         state, notes = weights.state_of(content, init)
+        if name.endswith("_caffe") and model.mark not in state:
+            state = weights.fit(init, weights.rename_deeplab, state)
         weights.fit(init, model.load_state_dict if model.mark in state else model.load_backbone, state)
         if "stage" not in content:
             weights.announce(init, f"{name}'s backbone, {len(state)} tensors", notes)
     return model
 
 
-def new_decoder(clip, prototypes, width):
+def new_decoder(clip, prototypes, width, logits):
     """VPL's ClipDecoder on the frozen CLIP, with the prototypes of a prototypes.pt."""
     visual = clip.model.visual
     return segmenter.ClipDecoder(
         lambda images: gradcam.block_outputs(clip, images), visual.conv1.out_channels,
         len(visual.transformer.resblocks) - 1, prototypes["model"]["prototypes"], len(prototypes["classes"]),
-        prototypes["tau_i"], width)
+        prototypes["tau_i"], width, logits)
 
 
 def load_segmenter(path, run, clip=None):
@@ -226,7 +232,7 @@ def load_segmenter(path, run, clip=None):
             raise ValueError(f"{path} was trained on another CLIP than {clip or args['clip']}: "
                              "give its name or file with --clip")
         prototypes = {"model": state, "classes": classes, "tau_i": state["tau"].item()}
-        model = new_decoder(frozen, prototypes, args["width"])
+        model = new_decoder(frozen, prototypes, args["width"], args["logits"])
     else:
         model = new_segmenter(args["model"], len(classes))
         if args["model"].startswith("segmenter"):             # images as large as in training, a third shared

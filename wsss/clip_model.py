@@ -100,6 +100,10 @@ class FrozenClip(nn.Module):
         eos = tokens.argmax(-1)                               # EOS is the largest token number
         return run_text_tower(self.model, self.model.token_embedding(tokens[:, :eos.max() + 1]), eos)
 
+    def encode_ensemble(self, texts):
+        """Per template a list of n str -> the mean of their features (n, D), unit length."""
+        return F.normalize(torch.stack([self.encode_text(each) for each in texts]).mean(0), dim=-1)
+
 
 def run_text_tower(model, x, eos):
     """Embedded tokens (n, T, width), T <= 77, and the position of EOS (n,) -> (n, D), unit length.
@@ -138,6 +142,8 @@ class BackgroundPrompts(nn.Module):
         else:
             raise ValueError(f"init is 'uniform' or 'normal', not {init!r}")
         self.vectors = nn.Parameter(vectors)
+        # Differs from the paper: the full stop is token 269 here, as CLIP's tokenizer reads it after a blank,
+        # the same as in the class texts; in the authors' code it is token 13, "." within a word.
         tokens = openai_clip.tokenize("a photo of .")[0].to(embedding.weight.device)  # SOS a photo of . EOS 0
         with torch.no_grad():
             self.register_buffer("start", embedding(tokens[:4]), persistent=False)    # SOS a photo of

@@ -28,6 +28,8 @@ PRESETS = {
                 sxy_bilateral=50, srgb=5, compat_bilateral=10),
     "deeplab": dict(unary="softmax", sxy_gaussian=1, compat_gaussian=3,
                     sxy_bilateral=67, srgb=3, compat_bilateral=4),
+    "segmenter": dict(unary="softmax", sxy_gaussian=3, compat_gaussian=3,
+                      sxy_bilateral=83, srgb=5, compat_bilateral=3),
     "psa": dict(unary="softmax", sxy_gaussian=3, compat_gaussian=3,
                 sxy_bilateral=80, srgb=13, compat_bilateral=10),
 }

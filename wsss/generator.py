@@ -133,9 +133,11 @@ class DeiT(nn.Module):
         """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w), raw, >= 0"""
         return self(images)[0]
 
-    def forward(self, images):
+    def forward(self, images, from_labels=False):
         """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w); logits (B, C) of class tokens, coarse, fine
-        maps"""
+        maps
+
+        `from_labels`: S learns from image labels (train_cls.py)."""
         C = self.cls_token.shape[1]
         tokens, attentions, outputs, (h, w) = self.run_blocks(images)
         patches = tokens[:, C:].transpose(1, 2).unflatten(2, (h, w))                  # (B, width, h, w)
@@ -143,7 +145,10 @@ class DeiT(nn.Module):
         with torch.autocast(images.device.type, enabled=False):                       # small numbers: float32
             coarse, tokens = coarse.float(), tokens.float()
             fused = self.adaptive_attention_fusion(attentions, outputs)               # (B, N, N)
-            cams = fused[:, :C, C:] * coarse.flatten(2).relu()                        # (B, C, h * w)
+            # From the authors' code, not in the paper: WeakTr detaches the coarse map there, so that the loss
+            # of the fine maps moves the fusion only; in (a) and (c) the head gets their gradient.
+            given = coarse.detach() if from_labels else coarse
+            cams = fused[:, :C, C:] * given.flatten(2).relu()                         # (B, C, h * w)
             fine = torch.einsum("bnm,bcm->bcn", fused[:, C:, C:], cams).unflatten(2, (h, w))
             logits = tokens[:, :C].mean(-1), coarse.mean((-2, -1)), fine.mean((-2, -1))
             return fine[:, self.kept], tuple(z[:, self.kept] for z in logits)
@@ -153,11 +158,13 @@ class DeiT(nn.Module):
         (h, w)
 
         With a frozen backbone nothing here records a graph, since no weight asks for a gradient."""
-        h, w = (max(1, round(n / self.patch)) for n in images.shape[-2:])
-        size = (h * self.patch, w * self.patch)
-        if size != tuple(images.shape[-2:]):
-            # Differs from the paper: to the nearest multiple of the patch; the public code drops edge pixels.
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
+        # From the authors' code, not in the paper: at sizes that are no multiple of the patch, the patch
+        # convolution drops the pixels on the right and at the bottom; the map of the rest is stretched over
+        # the whole image.
+        h, w = (n // self.patch for n in images.shape[-2:])
+        if min(h, w) == 0:
+            h, w = max(h, 1), max(w, 1)
+            images = F.interpolate(images, (h * self.patch, w * self.patch), mode="bilinear")
         x = self.patch_embed((images - self.mean) / self.std).flatten(2).transpose(1, 2)   # (B, h * w, width)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position(h, w)
         attentions, outputs = [], []

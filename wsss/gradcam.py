@@ -46,15 +46,16 @@ def run_blocks(clip, images, size=None, look=0):
     """-> each block's input, (B, 1 + N, width); attention of each of the last `look` blocks; grid (h, w)
 
     Attention is that between patches, (B, N, N), the mean over heads. Only blocks looked at hold one: the
-    memory of the others grows with N, not N^2. Images, or `size` (H, W) if given, are resized to the nearest
-    multiples of the patch.
+    memory of the others grows with N, not N^2. Images, or `size` (H, W) if given, are resized to the next
+    multiples of the patch upwards.
     """
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
         raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: "
                          "GradCAM reads a vision transformer, take ViT-B/16")
     patch = visual.conv1.kernel_size[0]
-    h, w = (max(1, round(n / patch)) for n in size or images.shape[-2:])
+    # From the authors' code, not in the paper: (CLIP-ES's) upwards, 24 x 32 patches for 375 x 500 pixels.
+    h, w = (-(-n // patch) for n in size or images.shape[-2:])
     if images.shape[-2:] != (h * patch, w * patch):
         images = F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True)
         images = images.clamp(0, 1)
@@ -280,6 +281,8 @@ def refine(maps, T, b, threshold):
     box: the bounding boxes of the connected parts of the map above `threshold` of its maximum. T T is never
     formed: two products with a vector.
     """
+    # Differs from the paper: CLIP-ES's code loses the last row and column of a box at the right and lower
+    # edge.
     box = boxes(maps > threshold * maps.amax((1, 2), keepdim=True))
     with torch.autocast(maps.device.type, enabled=False):
         T, cam = T[b], (maps * box).flatten(1).unsqueeze(-1).to(T)        # (P, N, N), (P, N, 1)

@@ -20,7 +20,8 @@ def at_least_float32(x):
 
 def resize_map(maps, size):
     """SemPLeS 3.2.1: raw maps of S, bilinear, to CLIP's input size (H, W).   (P, h, w) -> (P, H, W)"""
-    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=False)[:, 0]
+    # From the authors' code, not in the paper: corner to corner. Maps for inference are resized without.
+    return F.interpolate(maps[:, None], size, mode="bilinear", align_corners=True)[:, 0]
 
 
 def mask_from_map(cam, eps):
@@ -119,6 +120,14 @@ def assignment(x, prototypes, tau, allowed=None):
     if allowed is not None:
         logits = logits.masked_fill(~allowed, -torch.inf)
     return logits.softmax(1)
+
+
+def harden(p, alpha):
+    """Rows of P' whose maximum exceeds alpha become one-hot: VPL's Phi may be this alpha, as in InMaP.   (n,
+    C) -> same"""
+    # Differs from the paper: it speaks of "0-1 seed masks" above Phi and does not say of what.
+    best, column = p.max(1, keepdim=True)
+    return torch.where(best > alpha, torch.zeros_like(p).scatter_(1, column, 1), p)
 
 
 def prototype_loss(x, w, p_text, tau_i):
