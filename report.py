@@ -159,8 +159,8 @@ def draw_scores(args, folder, found):
     rows = [["what", "mIoU", "pixel accuracy"]]
     for name, score in listed:
         protocol, best = score["protocol"], score.get("oracle_best")
-        whole = tag("pre", esc(json.dumps(protocol, indent=1)))
-        details = tag("details", tag("summary", esc(scores.in_words(protocol))), whole)
+        facts = tag("pre", esc(json.dumps(protocol, indent=1)))
+        details = tag("details", tag("summary", esc(scores.in_words(protocol))), facts)
         oracle = best and f"{100 * best['miou']:.1f} at {best['threshold']:.2f}, chosen with the truth"
         miou = f"{100 * score['miou']:.1f}"
         bar = tag("td", tag("b", miou), tag("small", "<br>", oracle) if best else "", kind="bar",
@@ -279,9 +279,8 @@ def draw_prompts(args, folder, found, chosen, run):
     model = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
     checkpoints.load_weights(model, content["model"], path)
     u_b = model()                                                                       # (C, D)
-    template = content["args"]["template"]
-    u_f = clip.encode_text(texts.class_texts(classes, template))                        # (C, D)
-    manual = clip.encode_text(texts.class_texts(backgrounds, template))                 # (backgrounds, D)
+    u_f = clip.encode_text(texts.class_texts(classes))                                  # (C, D)
+    manual = clip.encode_text(texts.class_texts(backgrounds))                           # (backgrounds, D)
     near = (u_b @ manual.T).topk(min(3, len(manual)))                                   # (C, 3)
     average = F.normalize(manual.mean(0), dim=0)
     cards = []
@@ -363,8 +362,8 @@ def draw_regions(args, folder, found, run):
         between = 100 * share_between(points, owners)
         facts = (f" · {esc(path.parent.name)}<br>{len(points)} regions, {between:.0f} % of the variance "
                  f"between classes; axes hold {100 * share:.0f} %")
-        picture = page.scatter(flat.numpy(), owners.numpy(), marks.numpy(), folder.classes)
-        panels.append(tag("figure", tag("figcaption", title, facts), picture, kind="panel"))
+        drawing = page.scatter(flat.numpy(), owners.numpy(), marks.numpy(), folder.classes)
+        panels.append(tag("figure", tag("figcaption", title, facts), drawing, kind="panel"))
     if not panels:
         more = ("--split", args.split, "--model", "clip_decoder")
         parts.append(missing(args, "clip_decoder", "train_seg.py", *more, out=found[-1].out))

@@ -56,12 +56,16 @@ export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 # that ended well; while nothing in $DATA and $OUT is newer, they are passed over without starting python.
 # From the first other line on, every script looks for itself what is finished.
 launch=("$PYTHON") more=() passing=ask
+case " $* " in *" --no-resume "*) passing= ;; esac
 
 stage() {
     local line commands=$OUT/commands.txt
     line=$(printf '%q ' "$@" ${more[@]+"${more[@]}"})
     if [ "$passing" = ask ]; then
-        [ -e "$commands" ] && [ -z "$(find "$DATA" "$OUT" -newer "$commands" | head -n 1)" ] || passing=
+        if [ ! -e "$DATA" ] || [ -n "$(find "$DATA" "$OUT" -newer "$commands" 2>/dev/null | head -n 1)" ]; then
+            rm -f "$commands"
+        fi
+        [ -e "$commands" ] || passing=
     fi
     if [ "$passing" ] && grep -qxF -- "$line" "$commands"; then
         passing=1

@@ -111,7 +111,8 @@ def build(args, folder, run):
             start = checkpoints.load(args.init, "seg", folder.classes)["model"]
             checkpoints.load_weights(model, {**start, "prototypes": model.prototypes}, args.init)
         return model.to(run.device), {"clip": clip.fingerprint()}
-    model = run.in_turn(lambda: networks.new_segmenter(args.model, len(folder.classes), args.init))
+    classes = folder.classes
+    model = run.in_turn(lambda: networks.new_segmenter(args.model, len(classes), args.init, classes))
     model = model.to(run.device)
     if args.model.startswith("deeplab") and not args.train_batchnorm:
         model.freeze_batchnorm()

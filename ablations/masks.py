@@ -55,9 +55,8 @@ def table(done):
 
 def main():
     args = parse()
-    recipe = pairs.recipe()
-    every = [pairs.Pair(args.out, n, args.first_draw + n, n, recipe) for n in range(args.pairs)]
-    pairs.study(args, "ablations.masks", every, lambda pair: set(SPLIT) <= set(pair.rows), fill, table)
+    drawn = pairs.by_draw(args, pairs.recipe())
+    pairs.study(args, "ablations.masks", drawn, lambda pair: set(SPLIT) <= set(pair.rows), fill, table)
 
 
 if __name__ == "__main__":

@@ -90,7 +90,7 @@ class Pair:
 def link(path, out):
     """Puts a file that another row has made into a row's folder."""
     out.mkdir(parents=True, exist_ok=True)
-    if not (out / path.name).exists():
+    if not (out / path.name).is_symlink():
         (out / path.name).symlink_to(path.resolve())
 
 
@@ -106,6 +106,11 @@ def parser(doc, out, pairs, first_draw):
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=flags.natural, help="run this pair in this process (used by --jobs)")
     return p
+
+
+def by_draw(args, recipe):
+    """The pairs of --first-draw, the next draw, ...; the seeds are 0, 1, ..."""
+    return [Pair(args.out, n, args.first_draw + n, n, recipe) for n in range(args.pairs)]
 
 
 def study(args, name, pairs, complete, fill, table, mark=None):
@@ -128,19 +133,23 @@ def study(args, name, pairs, complete, fill, table, mark=None):
 
 def run_jobs(args, name, waiting):
     """The pairs `waiting`, each in a process of its own, --jobs at a time."""
-    running = []
+    waiting, running = list(waiting), []
     try:
         while waiting or running:
             while waiting and len(running) < args.jobs:
-                number = waiting.pop(0)
-                command = [sys.executable, "-W", "ignore", "-m", name, *sys.argv[1:], "--only", str(number)]
-                with open(args.out / f"pair_{number}.log", "w") as log:
-                    running.append(subprocess.Popen(command, cwd=files.ROOT, stdout=log, stderr=log))
-            if running.pop(0).wait() != 0:
+                number = str(waiting.pop(0))
+                command = [sys.executable, "-W", "ignore", "-m", name, *sys.argv[1:], "--only", number]
+                with open(args.out / f"pair_{number}.log", "w") as log:      # a Ctrl-C here is not for them
+                    running.append(subprocess.Popen(command, cwd=files.ROOT, stdout=log, stderr=log,
+                                                    start_new_session=True))
+            if running[0].wait() != 0:
                 raise ValueError(f"a pair has failed: see {args.out}/pair_*.log")
+            running.pop(0)
     finally:
-        for process in running:
+        for process in running:                               # they finish and save their step
             process.terminate()
+        for process in running:
+            process.wait()
 
 
 # Two-sided 95 % points of Student's t for 1 to 11 degrees of freedom.

@@ -7,8 +7,8 @@ Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl, a
 
 joint        S and fresh prompts train at once, by L_match + lambda L_refine + L_prompt, for --epochs epochs.
              The prompts are detached in L_refine, S is detached in L_prompt.
-alternate    (c) from (a); then (b) with the new S and (c) with the new prompts, until
-             there were --rounds rounds of (c). Each has --epochs epochs. One round is train_refine.py.
+alternate    (c) from (a); then (b) with the new S and (c) with the new prompts, until there are --rounds
+             rounds of (c). Each has --epochs epochs. One round is train_refine.py.
 
     python -m ablations.schemes --data data/toy --out runs/joint --scheme joint --init runs/toy/cls.pt
     python -m ablations.schemes --data /data/VOC2012 --out runs/voc --scheme alternate --rounds 2
@@ -62,6 +62,7 @@ def parse():
 # ---------------------------------------------------------------- joint
 
 def train_jointly(keeper, S, prompts, clip, u_f, run, args):
+    """Both train at every step; the prompts see the masks of (c)."""
     for images, labels in keeper.steps():
         b, k = run.pairs(labels)                                              # (P,) image and class
         with run.autocast():

@@ -126,9 +126,8 @@ def table(done, rows):
 def main():
     args = parse()
     rows = ["cls", "match", *(name for name in args.rows if name not in ("cls", "match"))]
-    recipe = pairs.recipe()
-    every = [pairs.Pair(args.out, n, args.first_draw + n, n, recipe) for n in range(args.pairs)]
-    pairs.study(args, "ablations.table5", every, lambda pair: set(rows) <= set(pair.rows),
+    drawn = pairs.by_draw(args, pairs.recipe())
+    pairs.study(args, "ablations.table5", drawn, lambda pair: set(rows) <= set(pair.rows),
                 lambda pair: fill(pair, rows), lambda done: table(done, rows))
 
 

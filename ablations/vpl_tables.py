@@ -183,9 +183,9 @@ def main():
                          "phase2": (fill_phase2, phase2_table, "decoder + RSC .1")}[args.table]
     args.out = (args.out / args.table).resolve()
     recipe = pairs.recipe()
-    every = [pairs.Pair(args.out, n, args.first_draw + n // len(clips), 0, recipe, clips[n % len(clips)])
+    drawn = [pairs.Pair(args.out, n, args.first_draw + n // len(clips), 0, recipe, clips[n % len(clips)])
              for n in range(args.pairs * len(clips))]
-    pairs.study(args, "ablations.vpl_tables", every, lambda pair: last in pair.rows, fill,
+    pairs.study(args, "ablations.vpl_tables", drawn, lambda pair: last in pair.rows, fill,
                 lambda done: table(done, clips), mark=f"ablations.vpl_tables {args.table}")
 
 

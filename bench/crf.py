@@ -1,19 +1,19 @@
-"""Pseudo masks a second by backend and workers, and whether memory stays flat over many pictures.
+"""Pseudo masks a second by CRF backend and number of workers; and whether memory stays flat over many images.
 
-Pictures of the toy world enlarged to VOC's size, two classes and the background: three labels. make_pseudo.py's own function for one picture
-(read, CRF `weaktr`, write) in its own pool. The first picture of each process is left out of the speed: it holds the start.
+Images of the toy world enlarged to VOC's size, two classes and the background: three labels. make_pseudo.py's
+own function for one image (read, CRF `weaktr`, write) runs in its own pool. The first image of each process
+is left out of the speed: it holds the start.
 
-Memory is what a process holds after each picture (Linux: /proc/self/statm) over 1,000 small pictures: the mean over the first tenth of its
-pictures, its very first fiftieth left out, and over the last tenth; of the worker that grew most, and of the main process at the same moments.
+Memory is what a process holds after each image (Linux: /proc/self/statm) over 1,000 small images: the mean
+over the first tenth of them, the first fiftieth left out, and over the last tenth; of the worker that grew
+most, and of the main process at the same moments.
 
-    python bench/crf.py
-    python bench/crf.py --workers 1 4 16 --pictures 200 --backends pydensecrf
-    python bench/crf.py --device cuda --workers 0 --backends torch
+    python -m bench.crf
+    python -m bench.crf --workers 1 4 16 --images 200 --backends pydensecrf
+    python -m bench.crf --device cuda --workers 0 --backends torch
 """
-import argparse
 import os
 import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,98 +22,101 @@ import numpy as np
 import torch
 from PIL import Image
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from ablations.pairs import write  # noqa: E402
-import make_pseudo  # noqa: E402
-from plumbing import maps as map_files, processes as ranks  # noqa: E402
-from toy import drawings as toy  # noqa: E402
+import make_pseudo
+from bench import inputs, tables
+from plumbing import flags, processes
+from plumbing.maps import resize_maps, save_cam
+from toy import drawings
+
+CLASSES = [3, 7]
 
 
-def make_inputs(root, pictures, size):
-    """Pictures (H, W) and maps of two classes each -> tasks of make_pseudo.make without arguments: (picture, id, labels)"""
+def make_inputs(root, images, size):
+    """Images of `size` (H, W) and two maps each -> (image path, id, labels), as make_pseudo.process takes
+    them."""
     (root / "cam").mkdir(parents=True)
-    labels, tasks = np.zeros(20), []
-    labels[[3, 7]] = 1
-    for n in range(pictures):
-        image, maps = toy.scene(0, n % 50).image, np.random.default_rng(n).random((2, 6, 8), np.float32)
-        Image.fromarray(image).resize(size[::-1], Image.BICUBIC).save(root / f"{n:05d}.jpg", quality=95)
-        map_files.save_cam(root / f"cam/{n:05d}.npy", map_files.resize_maps(maps, size))
-        tasks.append((root / f"{n:05d}.jpg", f"{n:05d}", labels))
+    labels, tasks = inputs.multi_hot([CLASSES])[0].numpy(), []
+    for n in range(images):
+        path, id = root / f"{n:05d}.jpg", f"{n:05d}"
+        image = Image.fromarray(drawings.scene(0, n % 50).image)
+        image.resize(size[::-1], Image.BICUBIC).save(path, quality=95)
+        maps = np.random.default_rng(n).random((2, 6, 8), np.float32)
+        save_cam(root / "cam" / f"{id}.npy", resize_maps(maps, size))
+        tasks.append((path, id, labels))
     return tasks
 
 
-def arguments(root, backend):
-    """What make_pseudo.parse gives for a run over these."""
-    (root / backend).mkdir(exist_ok=True)
-    return argparse.Namespace(out=root, cam="cam", pseudo=backend, background="constant", threshold=0.43, alpha=1.0, segments=None, vote=None, crf=True,
-                              preset="weaktr", iterations=10, backend=backend, ignore_below=0.0)
-
-
-def measured(*task):
-    """make_pseudo.make -> (its process, the memory that it holds afterwards in MB, the time)"""
-    make_pseudo.make(*task)
+def process(*task):
+    """make_pseudo.process -> this process, the MB it holds afterwards, the time."""
+    make_pseudo.process(*task)
     return os.getpid(), held(), time.perf_counter()
 
 
 def held():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+    """MB of resident memory."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize() / 1e6
 
 
-def run(tasks, args, workers, device):
-    """-> (process, MB, time) of each picture as it is finished, and the main process's MB then."""
+def run(root, tasks, backend, workers, device):
+    """-> of each image, as it is finished: process, MB, time, and the MB of the main process then."""
+    args = tables.arguments(make_pseudo, "--data", root, "--out", root, "--pseudo", backend,
+                            "--backend", backend)
+    (root / backend).mkdir(exist_ok=True)
     todo = ((*task, args, device) for task in tasks)
-    return [(*row, held()) for row in ranks.pooled(measured, todo, workers, args.out)]
+    return [(*row, held()) for row in processes.pooled(process, todo, workers, root)]
 
 
 def speed(rows):
-    """Pictures a second, each process's first left out."""
-    processes = len({row[0] for row in rows})
+    """Images a second, the first of each process left out."""
+    count = len({row[0] for row in rows})
     times = sorted(row[2] for row in rows)
-    return (len(rows) - processes) / (times[-1] - times[processes - 1])
+    return (len(rows) - count) / (times[-1] - times[count - 1])
 
 
 def growth(rows):
-    """MB of the first hundred and of the last: of the process that grew most, of the main process."""
-    def ends(values):
-        skip, n = len(values) // 50, max(1, len(values) // 10)
-        return np.mean(values[skip:skip + n]), np.mean(values[-n:])
-
+    """MB over the first images and over the last: of the process that grew most, of the main process."""
     by_process = [ends([row[1] for row in rows if row[0] == pid]) for pid in {row[0] for row in rows}]
     return max(by_process, key=lambda pair: pair[1] - pair[0]), ends([row[3] for row in rows])
 
 
+def ends(values):
+    """The means of the first tenth, without the first fiftieth, and of the last tenth."""
+    skip, n = len(values) // 50, max(1, len(values) // 10)
+    return np.mean(values[skip:skip + n]), np.mean(values[-n:])
+
+
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = tables.parser(__doc__)
     p.add_argument("--device", default="cpu", help="where the backend torch computes")
     p.add_argument("--backends", nargs="+", choices=["pydensecrf", "torch"], default=["pydensecrf", "torch"])
-    p.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
-    p.add_argument("--pictures", type=int, default=14, help="pictures of a timing")
-    p.add_argument("--size", type=int, nargs=2, default=[375, 500])
-    p.add_argument("--many", type=int, default=1000, help="small pictures of the look at memory")
-    p.add_argument("--small", type=int, nargs=2, default=[60, 80])
-    p.add_argument("--write", action="store_true", help="put the tables between their marks in docs/results.md")
+    p.add_argument("--workers", type=flags.natural, nargs="+", default=[0, 1, 2],
+                   help="0: in the main process, torch then with all its threads")
+    p.add_argument("--images", type=flags.positive, default=14, help="images of a timing")
+    p.add_argument("--size", type=flags.positive, nargs=2, default=[375, 500])
+    p.add_argument("--many", type=flags.positive, default=1000, help="small images of the look at memory")
+    p.add_argument("--small", type=flags.positive, nargs=2, default=[60, 80])
     return p.parse_args()
 
 
 def main():
     args = parse()
-    lines = [f"{args.size[0]}x{args.size[1]}, 3 labels; {os.cpu_count()} CPU cores, backend torch on {args.device}; torch {torch.__version__}.", "",
-             f"| backend | {' | '.join(f'{n} workers, pictures/s' for n in args.workers)} |", f"|---|{'---|' * len(args.workers)}"]
+    device = torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder)
-        tasks, many = make_inputs(root / "large", args.pictures, args.size), make_inputs(root / "small", args.many, args.small)
+        large, small = Path(folder) / "large", Path(folder) / "small"
+        tasks, many = make_inputs(large, args.images, args.size), make_inputs(small, args.many, args.small)
+        speeds = [[backend, *(f"{speed(run(large, tasks, backend, n, device)):.2f}" for n in args.workers)]
+                  for backend in args.backends]
+        memory = []
         for backend in args.backends:
-            found = [speed(run(tasks, arguments(root / "large", backend), n, args.device)) for n in args.workers]
-            lines.append(f"| {backend} | {' | '.join(f'{value:.2f}' for value in found)} |")
-        title = f"memory over {args.many} pictures of {args.small[0]}x{args.small[1]}, MB"
-        lines += ["", f"| {title} | worker: first tenth | last | main process: first tenth | last |", "|---|---|---|---|---|"]
-        for backend in args.backends:
-            worker, main_process = growth(run(many, arguments(root / "small", backend), max(args.workers), args.device))
-            lines.append(f"| {backend}, {max(args.workers)} workers | {worker[0]:.1f} | {worker[1]:.1f} | {main_process[0]:.1f} | {main_process[1]:.1f} |")
-    text = "\n".join(lines)
-    print(text)
-    if args.write:
-        write("bench/crf.py", text)
+            worker, main_process = growth(run(small, many, backend, max(args.workers), device))
+            memory.append([backend, *(f"{mb:.1f}" for mb in (*worker, *main_process))])
+    first = tables.markdown(["backend", *(f"{n} workers, images/s" for n in args.workers)], speeds)
+    second = tables.markdown([f"memory over {args.many} images, {max(args.workers)} workers, MB",
+                              "worker: first tenth", "last", "main process: first tenth", "last"], memory)
+    facts = (f"{args.size[0]}x{args.size[1]}, 3 labels, backend torch on {args.device}; memory at "
+             f"{args.small[0]}x{args.small[1]}.")
+    tables.show("bench.crf", args.write, f"{first}\n\n{second}", facts)
 
 
 if __name__ == "__main__":

@@ -1,50 +1,60 @@
-"""The speed of VPL's descent: seconds of a step against its size, on random features.
+"""Time of a step of VPL's projected gradient descent against its size, on random features.
 
-    python bench/prototypes.py --write
+n pixels of D channels in half precision, as vpl.py holds them, and M columns (VOC: 20 classes, 25
+backgrounds). If time is linear, the last column is constant.
+
+    python -m bench.prototypes
+    python -m bench.prototypes --device cuda --pixels 400000 4000000
 """
-import argparse
 import statistics
-import sys
-from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from maps import alternate  # noqa: E402
-
-from ablations.pairs import write  # noqa: E402
-from wsss import losses  # noqa: E402
+from bench import tables
+from plumbing import flags
+from wsss import losses
 
 
-def speed_table(device="cpu", sizes=(25_000, 50_000, 100_000, 200_000, 400_000), D=512, C=45, runs=3):
-    """Markdown: a step of vpl.py's descent, n pixels of D channels as it holds them, C columns (VOC: 20 classes, 25 backgrounds);
-    then n = 50,000 with twice the channels and with twice the columns."""
-    rows = [(n, D, C) for n in sizes] + [(50_000, 2 * D, C), (50_000, D, 2 * C)]
-    lines = ["| pixels n | channels D | columns C | s a step | ns a step and n D C |", "|---|---|---|---|---|"]
-    for n, D, C in rows:
-        x, w, p = (torch.nn.functional.normalize(torch.randn(*shape, device=device), dim=1) for shape in ((n, D), (C, D), (n, C)))
-        x, p = x.half(), p.softmax(1)
-        step = lambda: losses.prototype_step(w.double(), losses.prototype_gradient(x, w.double(), p, 0.03)[0] / n, 10.0, torch.inf)
+def step_of(n, D, M, device):
+    """-> a step of vpl.py's descent, as a function without arguments."""
+    x = F.normalize(torch.randn(n, D, device=device), dim=1).half()
+    w = F.normalize(torch.randn(M, D, device=device), dim=1).double()
+    p_text = torch.randn(n, M, device=device).softmax(1)
+
+    def step():
+        gradient, _ = losses.prototype_gradient(x, w, p_text, 0.03)
+        return losses.prototype_step(w, gradient / n, 10.0, torch.inf)
+
+    return step
+
+
+def make_table(sizes, runs, device):
+    rows = []
+    for n, D, M in sizes:
+        step = step_of(n, D, M, device)
         step()
-        seconds = statistics.median(alternate({"step": step}, runs, device)["step"])
-        lines.append(f"| {n:,} | {D} | {C} | {seconds:.4f} | {1e9 * seconds / (n * D * C):.3f} |")
-    return "\n".join(lines)
+        times = [tables.seconds(step, device) for _ in range(runs)]
+        took = statistics.median(times)
+        rows.append([f"{n:,}", D, M, f"{took:.4f}", f"{1e9 * took / (n * D * M):.3f}"])
+    return tables.markdown(["pixels n", "channels D", "columns M", "s a step", "ns a step and n D M"], rows)
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--speed", action="store_true", help="what it does anyway")
+    p = tables.parser(__doc__)
     p.add_argument("--device", default="cpu")
-    p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
+    p.add_argument("--pixels", type=flags.positive, nargs="+",
+                   default=[25_000, 50_000, 100_000, 200_000, 400_000])
+    p.add_argument("--runs", type=flags.positive, default=3)
     return p.parse_args()
 
 
 def main():
     args = parse()
-    text = speed_table(args.device)
-    print(text)
-    if args.write:
-        write("bench/prototypes.py speed", text)
+    D, M, few = 512, 45, min(args.pixels)
+    sizes = [(n, D, M) for n in args.pixels] + [(few, 2 * D, M), (few, D, 2 * M)]
+    facts = f"Median of {args.runs} steps."
+    tables.show("bench.prototypes", args.write, make_table(sizes, args.runs, args.device), facts, args.device)
 
 
 if __name__ == "__main__":

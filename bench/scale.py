@@ -1,272 +1,180 @@
-"""How time and memory grow: with processes, pictures, classes, pairs and resolution; and what VOC, COCO and a million pictures would take.
+"""How time and memory grow: with processes, images, classes, pairs and resolution.
 
-The stages themselves at the real shapes (DeiT-S, ViT-B/32 and /16, random weights, drawn pictures of VOC's size with two classes each), every
-measurement in a process of its own: seconds of the stage's own loop, without its start, and the most memory that the process ever held.
+The stages themselves at the real shapes (DeiT-S, ViT-B/32 and /16, random weights, drawn images of VOC's size
+with two classes each). A measurement has a process of its own: the seconds of a training step or of one
+image, without the start, and the most memory that the process ever held.
 
-    processes   a step of (a), and S's maps, by 1, 2, ... processes of one thread each, the same work in all
-    growth      steps by classes, pairs and crop; maps, CRF masks and scores by pictures; CLIP's maps by the size they are made at
-    plan        hours of every stage: constants of `growth` x pictures x epochs. Extrapolated, not measured.
+    processes   a step of (a), and S's maps, by 1, 2, ... processes of one thread each; the same work in all
+    growth      steps by classes, pairs and crop; maps, CRF masks, scores and CLIP's features by images
 
-    python bench/scale.py
-    python bench/scale.py --what growth plan
-    python bench/scale.py --device cuda --amp bf16 --pictures 64 --steps 100 --images 256 --processes 1 2 4 8
+    python -m bench.scale
+    python -m bench.scale --what growth --images 4 --batch 1 --steps 1
+    python -m bench.scale --device cuda --amp bf16 --batch 64 --steps 100 --images 256 --processes 1 2 4 8
 """
-import argparse
-import contextlib
-import importlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
+from unittest import mock
 
-import numpy as np
 import torch
-from clip.model import CLIP
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
-from ablations.pairs import stage  # noqa: E402
-from flops import make_inputs  # noqa: E402
-from input import Ready, photograph  # noqa: E402
-from plumbing import checkpoints, masks as mask_files  # noqa: E402
-from wsss import clip_model, generator, losses  # noqa: E402
-
-# pictures, labels a picture, classes; SemPLeS's and VPL's epochs, batches, views and steps are the defaults of the stages
-PLANS = {"VOC": (10_582, 1.5, 20), "COCO": (82_081, 2.9, 80), "a million, as COCO": (1_000_000, 2.9, 80)}
-EPOCHS, PROMPT_BATCH, VIEWS, STEPS, MAX_PIXELS, PATCHES = 60, 128, 8, 3000, 4_000_000, 24 * 32
-
+from bench import inputs, tables
+from plumbing import files, flags, processes
 
 # ---------------------------------------------------------------- one measurement, in its own process
 
 def job(spec):
-    """Runs a stage and prints the seconds of a step, or of what is spent in its function `clock`, and the peak memory in MB."""
-    spent = clocked(importlib.import_module(spec["script"].removesuffix(".py")), spec["clock"]) if "clock" in spec else None
+    """Runs a stage; prints the seconds of a training step, or of its loop over images, and the peak in MB."""
     if "ready" in spec:
-        seconds = Ready(**spec["ready"]).run(spec["script"], *spec["flags"])
-        seconds = float(np.mean(spent[1:])) if spent else seconds             # the first call warms up
+        seconds = inputs.Ready(**spec["ready"]).seconds_of(spec["script"], *spec["flags"])
     else:
-        stage(spec["script"], *spec["flags"])
-        seconds = sum(spent)
-    peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) << 10
+        seconds = loop_seconds(spec["script"], spec["flags"])
+    if torch.cuda.is_initialized():
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        peak = 1024 * int(tables.read_if_there("/proc/self/status").partition("VmHWM:")[2].split()[0])
     if int(os.environ.get("RANK", 0)) == 0:
         print(json.dumps([seconds, peak / 1e6]))
 
 
-def clocked(module, name):
-    """-> the list that gets the seconds of every call of module.name"""
-    spent, function = [], getattr(module, name)
-    wait = lambda: torch.cuda.synchronize() if torch.cuda.is_initialized() else None
+def loop_seconds(script, values):
+    """Seconds of the first loop over images that a stage shows a bar for."""
+    progress, seconds = processes.Run.progress, []
 
-    def timed(*args):
-        wait()
-        start = time.perf_counter()
-        result = function(*args)
-        wait()
-        spent.append(time.perf_counter() - start)
-        return result
+    def timed(run, items, *rest):
+        start = tables.clock(run.device)
+        yield from progress(run, items, *rest)
+        seconds.append(tables.clock(run.device) - start)
 
-    setattr(module, name, timed)
-    return spent
+    with mock.patch.object(processes.Run, "progress", timed):
+        tables.stage(script, *values)
+    return seconds[0]
 
 
 class Bench:
-    """The inputs of all measurements, and their common flags."""
+    """The inputs of all measurements, and what is measured: each gives seconds and MB."""
 
     def __init__(self, root, args):
-        self.root, self.args, self.runs, self.workers = root, args, 0, 0 if args.device == "cpu" else 4
-        make_inputs(root, 1, 1)
+        self.root, self.args, self.runs = root, args, 0
+        self.workers = 0 if args.device == "cpu" else 4
+        inputs.save_networks(root)
+        torch.save(inputs.random_clip(16).half().state_dict(), root / "clip16.pt")
         for classes in (20, 80):
-            self.folder(root / f"{classes}", classes)
-            checkpoints.save(root / f"generator_{classes}.pt", model=generator.build_generator("deit_small", classes).state_dict())
-        clip = CLIP(embed_dim=512, image_resolution=224, vision_layers=12, vision_width=768, vision_patch_size=16, context_length=77, vocab_size=49408,
-                    transformer_width=512, transformer_heads=8, transformer_layers=12)
-        torch.save(clip.half().state_dict(), root / "clip16.pt")
+            present = [[n % classes, (n + 1) % classes] for n in range(args.images)]
+            inputs.make_folder(root / f"{classes}", (500, 375), present, classes)
+            inputs.save_generator(root / f"generator_{classes}.pt", classes)
 
-    def folder(self, root, classes):
-        for name in ("JPEGImages", "SegmentationClass"):
-            (root / name).mkdir(parents=True)
-        rng, lines = np.random.default_rng(0), []
-        for n in range(self.args.images):
-            photograph(rng, 500, 375).save(root / f"JPEGImages/{n:04d}.jpg", quality=92)
-            mask_files.save_mask(root / f"SegmentationClass/{n:04d}.png", np.arange(375 * 500).reshape(375, 500) // 40_000)
-            lines.append(f"{n:04d} {n % classes} {(n + 1) % classes}")
-        (root / "labels.txt").write_text("\n".join(lines))
-        (root / "classes.txt").write_text("\n".join(f"class {n}" for n in range(classes)))
-
-    def measure(self, script, flags, processes=1, classes=20, out=None, **spec):
-        """-> seconds, MB"""
+    def measure(self, script, values, ranks=0, classes=20, out=None, **spec):
+        """Runs `job` in a process with all threads, or under torchrun in `ranks` processes of one thread."""
         self.runs += 1
-        out = out or f"out_{self.runs}"
-        shared = ["--data", self.root / f"{classes}", "--out", self.root / out, "--split", "train", "--device", self.args.device, "--amp", self.args.amp]
-        text = json.dumps({"script": script, "flags": [str(flag) for flag in [*shared, *flags]], **spec})
-        head = [sys.executable, "-W", "ignore"] + (["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else [])
-        env = {**os.environ, "OMP_NUM_THREADS": "1"} if processes else os.environ
-        done = subprocess.run([*head, __file__, "--job", text], capture_output=True, text=True, env=env)
+        shared = ["--data", self.root / f"{classes}", "--out", self.root / (out or f"out_{self.runs}"),
+                  "--split", "train", "--device", self.args.device, "--amp", self.args.amp]
+        spec |= {"script": script, "flags": [str(value) for value in [*shared, *values]]}
+        command, env = [sys.executable, "-W", "ignore"], dict(os.environ)
+        if ranks:
+            command += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+            env["OMP_NUM_THREADS"] = "1"
+        command += ["-m", "bench.scale", "--job", json.dumps(spec)]
+        done = subprocess.run(command, cwd=files.ROOT, env=env, capture_output=True, text=True)
         if done.returncode:
-            sys.exit(f"{script} {' '.join(map(str, flags))}\n{done.stdout}{done.stderr}")
-        return json.loads(done.stdout.strip().splitlines()[-1])
+            sys.exit(f"{' '.join(command)}\n{done.stdout}{done.stderr}")
+        seconds, peak = json.loads(done.stdout.strip().splitlines()[-1])
+        print(f"{script} {spec.get('ready', '')}: {seconds:.3g} s, {peak:,.0f} MB", file=sys.stderr)
+        return seconds, peak
 
-    def step(self, script, pictures=0, pairs=1, classes=20, crop=224, processes=0, **clock):
-        """-> seconds a step on `pictures` with `pairs` each, MB"""
-        pictures = pictures or self.args.pictures
+    def step(self, script, pairs=1, size=0, classes=20, crop=224, ranks=0):
+        """A training step on --batch or `size` images with `pairs` each."""
+        size = size or self.args.batch
         clip = ["--clip", self.root / "clip.pt", "--init", self.root / f"generator_{classes}.pt"]
-        flags = {"train_cls.py": ["--backbone", "none"], "train_refine.py": [*clip, "--prompts", "random"]}.get(script, clip)
-        ready = dict(pictures=pictures, pairs=pairs * pictures, classes=classes, crop=crop, steps=self.args.steps)
-        return self.measure(script, flags, processes, classes, ready=ready, **clock)
+        values = {"train_cls.py": ["--backbone", "none"],
+                  "train_refine.py": [*clip, "--prompts", "random"]}.get(script, clip)
+        ready = {"size": size, "pairs": pairs * size, "classes": classes, "crop": crop,
+                 "steps": self.args.steps}
+        return self.measure(script, values, ranks, classes, ready=ready)
 
-    def maps(self, count, processes=0, out=None):
-        """-> seconds a picture of S's maps at scales 1 and 1.2 with flips, MB"""
-        seconds, peak = self.measure("make_cam.py", ["--init", self.root / "generator_20.pt", "--limit", count, "--batch-size", 2, "--sheets", 0, "--workers", self.workers], processes, out=out, clock="make")
+    def image(self, count, script, *values, ranks=0):
+        """One of the `count` images that a stage goes over. Masks and scores read the maps of as many."""
+        out = None if ranks else f"images_{count}"
+        seconds, peak = self.measure(script, ["--limit", count, *values], ranks, out=out)
         return seconds / count, peak
 
-    def masks(self, count, out):
-        seconds, peak = self.measure("make_pseudo.py", ["--limit", count, "--workers", 0], 0, out=out, clock="make")
-        return seconds / count, peak
-
-    def scores(self, count, out):
-        seconds, peak = self.measure("eval.py", ["--what", "cam", "--limit", count], 0, out=out, clock="score_maps")
-        return seconds / count, peak
+    def maps(self, count, ranks=0):
+        return self.image(count, "make_cam.py", "--init", self.root / "generator_20.pt", "--batch-size", 2,
+                          "--sheets", 0, "--workers", self.workers, ranks=ranks)
 
     def features(self, count, side=640):
-        """-> seconds a picture of CLIP's maps and features, MB"""
-        flags = ["--clip", self.root / "clip16.pt", "--limit", count, "--batch-size", 1, "--workers", self.workers, "--steps", 1, "--max-side", side, "--phi", 0.1]
-        seconds, peak = self.measure("vpl.py", flags, 0, clock="collect")
-        return seconds / count, peak
-
-
-    def prompts(self, classes):
-        """-> seconds of what is left of a step of (b) on stored features: the prompts through the text tower and back; no memory"""
-        with contextlib.redirect_stdout(sys.stderr):
-            model = clip_model.BackgroundPrompts(clip_model.load_clip(self.root / "clip.pt", self.args.device), classes)
-        model().sum().backward()
-        return timeit(lambda: model().sum().backward()), 0
-
-    def descent(self, pixels):
-        """-> seconds of a step of VPL's descent over `pixels`"""
-        x, targets = torch.randn(pixels, 512, device=self.args.device).half(), torch.rand(pixels, 44, device=self.args.device)
-        w = torch.randn(44, 512, device=x.device)
-        return timeit(lambda: losses.prototype_gradient(x, w, targets, 0.03)[1].item()), 0
-
-
-def timeit(function):
-    """Seconds of the second call."""
-    wait = torch.cuda.synchronize if torch.cuda.is_initialized() else lambda: None
-    function(), wait()
-    start = time.perf_counter()
-    function(), wait()
-    return time.perf_counter() - start
+        return self.image(count, "vpl.py", "--clip", self.root / "clip16.pt", "--batch-size", 1, "--workers",
+                          self.workers, "--steps", 1, "--phi", 0.1, "--max-side", side, "--no-resume")
 
 
 # ---------------------------------------------------------------- tables
 
-def table(*head):
-    print("\n| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+def cell(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def row(*cells):
-    shown = (cell if isinstance(cell, str) else f"{cell:,.0f}" if isinstance(cell, int) or cell >= 100 else f"{cell:.3g}" for cell in cells)
-    print("| " + " | ".join(shown) + " |", flush=True)
-
-
-def processes_table(bench):
-    table("processes, one thread each", "(a), pictures/s", "efficiency", "S's maps, pictures/s", "efficiency", "MB a process, (a), maps")
-    pictures, first = max(bench.args.processes), None
-    for n in bench.args.processes:
-        (step, mb), (cam, more) = bench.step("train_match.py", pictures * bench.args.pictures, processes=n), bench.maps(bench.args.images, n)
-        rates = pictures * bench.args.pictures / step, 1 / cam
+def processes_rows(bench, counts):
+    size, first = max(counts) * bench.args.batch, None
+    for n in counts:
+        step, step_mb = bench.step("train_match.py", size=size, ranks=n)
+        maps, maps_mb = bench.maps(bench.args.images, ranks=n)
+        rates = [size / step, 1 / maps]
         first = first or [rate / n for rate in rates]
-        row(n, rates[0], f"{100 * rates[0] / n / first[0]:.0f} %", rates[1], f"{100 * rates[1] / n / first[1]:.0f} %", f"{mb:,.0f}, {more:,.0f}")
+        efficiency = [f"{100 * rate / n / one:.0f} %" for rate, one in zip(rates, first)]
+        yield [n, cell(rates[0]), efficiency[0], cell(rates[1]), efficiency[1], cell(step_mb), cell(maps_mb)]
 
 
-def growth_table(bench):
-    """-> the constants of the plan: seconds"""
-    B, few, many, c = bench.args.pictures, bench.args.images // 4, bench.args.images, {}
-    table("", "seconds", "MB")
-    def shown(name, found):
-        row(name, float(found[0]), int(found[1]) or "")
-        return found[0]
-
-    c["cls"] = shown(f"train_cls, a step on {B} pictures", bench.step("train_cls.py")) / B
-    one, three = (shown(f"(a), {B} pictures, {n} pairs each", bench.step("train_match.py", pairs=n)) for n in (1, 3))
-    c["a pair"] = (three - one) / (2 * B)
-    c["a picture"] = one / B - c["a pair"]
-    shown(f"(a), {B} pictures, 1 pair each, 80 classes", bench.step("train_match.py", classes=80))
-    shown(f"(a), {B} pictures, 1 pair each, crop 448", bench.step("train_match.py", crop=448))
-    shown(f"(c), {B} pictures, 1 pair each", bench.step("train_refine.py"))
-    one, three = (shown(f"(b), encoding {B} crops, {n} pairs each", bench.step("train_prompt.py", pairs=n, clock="encode_background")) for n in (1, 3))
-    c["b pair"] = (three - one) / (2 * B)
-    c["b picture"] = one / B - c["b pair"]
-    for classes in (20, 80):
-        c[f"b {classes}"] = shown(f"(b), a step of all prompts, {classes} classes", bench.prompts(classes))
-    for name, stage_of in (("S's maps, scales 1 and 1.2, flips", bench.maps), ("CRF masks", bench.masks), ("scores", bench.scores)):
-        for n in (few, many):
-            c[name] = shown(f"{name}, a picture of {n}", stage_of(n, out=f"pictures_{n}"))
+def growth_rows(bench):
+    B, few, many = bench.args.batch, max(1, bench.args.images // 4), bench.args.images
+    yield f"train_cls.py, a step on {B} images", bench.step("train_cls.py")
+    for step, script in (("(a)", "train_match.py"), ("(b)", "train_prompt.py")):
+        yield f"{step}, {B} images, a pair each", bench.step(script)
+        yield f"{step}, {B} images, 3 pairs each", bench.step(script, pairs=3)
+        yield f"{step}, {B} images, a pair each, 80 classes", bench.step(script, classes=80)
+        yield f"{step}, {B} images, a pair each, crop 448", bench.step(script, crop=448)
+    yield f"(c), {B} images, a pair each", bench.step("train_refine.py")
     for n in (few, many):
-        c["CLIP's maps"] = shown(f"CLIP's maps and features, a picture of {n}", bench.features(n))
-    shown(f"CLIP's maps and features at half the side, a picture of {few}", bench.features(few, 250))
-    for n in (1 << 14, 1 << 16):
-        c["descent"] = shown(f"prototypes, a step over {n:,} pixels", bench.descent(n)) / n
-    return c
-
-
-def plan_table(c):
-    """Hours here, by data set."""
-    table("hours here, extrapolated", *(f"{name}: {n:,} pictures" for name, (n, *_) in PLANS.items()))
-    both = lambda f: [f(*plan) / 3600 for plan in PLANS.values()]
-    match = lambda n, pairs, classes: EPOCHS * n * (c["a picture"] + pairs * c["a pair"])
-    pixels = lambda n: min(n * PATCHES, MAX_PIXELS)
-    hours = {
-        f"train_cls, {EPOCHS} epochs": both(lambda n, pairs, classes: EPOCHS * n * c["cls"]),
-        f"(a), {EPOCHS} epochs": both(match),
-        f"(b), {EPOCHS} epochs of {VIEWS} stored views": both(lambda n, pairs, classes: VIEWS * n * (c["b picture"] + pairs * c["b pair"])
-                                                              + EPOCHS * n / PROMPT_BATCH * c[f"b {classes}"]),
-        f"(c), {EPOCHS} epochs, as (a)": both(match),
-        **{name: both(lambda n, pairs, classes: n * c[name]) for name in ("S's maps, scales 1 and 1.2, flips", "CRF masks", "scores")},
-        "VPL: maps and features": both(lambda n, pairs, classes: n * c["CLIP's maps"]),
-        f"VPL: {STEPS:,} steps": both(lambda n, pairs, classes: STEPS * pixels(n) * c["descent"]),
-        "CLIP's maps by prototypes": both(lambda n, pairs, classes: n * c["CLIP's maps"]),
-    }
-    for name, values in hours.items():
-        row(name, *values)
-    table("GB", *PLANS)
-    disk = lambda f: [f(*plan) / 1e9 for plan in PLANS.values()]
-    row("disk: maps, float16, 500x375", *disk(lambda n, pairs, classes: n * pairs * 375 * 500 * 2))
-    row("disk: maps at --stride 4", *disk(lambda n, pairs, classes: n * pairs * 94 * 125 * 2))
-    row("disk: VPL's features, --max-pixels 4 million", *disk(lambda n, pairs, classes: pixels(n) * 513 * 2))
-    row("disk: --cache of CLIP's last block", *disk(lambda n, pairs, classes: n * 2 * ((PATCHES + 1) * 768 + (PATCHES + 1) ** 2)))
-    row(f"memory: (b)'s {VIEWS} stored views", *disk(lambda n, pairs, classes: VIEWS * n * pairs * 513 * 4))
-    row("memory: labels", *disk(lambda n, pairs, classes: n * classes * 4))
+        yield f"S's maps, scales 1 and 1.2, flips, an image of {n}", bench.maps(n)
+        yield f"CRF masks, an image of {n}", bench.image(n, "make_pseudo.py", "--workers", 0)
+        yield f"scores, an image of {n}", bench.image(n, "eval.py", "--what", "cam")
+        yield f"CLIP's maps and features, an image of {n}", bench.features(n)
+    yield f"CLIP's maps and features at half the side, an image of {few}", bench.features(few, side=250)
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--what", nargs="+", choices=["processes", "growth", "plan"], default=["processes", "growth", "plan"], help="plan needs growth")
-    p.add_argument("--processes", type=int, nargs="+", default=[1, 2])
+    p = tables.parser(__doc__)
+    p.add_argument("--what", nargs="+", choices=["processes", "growth"], default=["processes", "growth"])
+    p.add_argument("--processes", type=flags.positive, nargs="+", default=[1, 2])
     p.add_argument("--device", default="cpu")
-    p.add_argument("--amp", default="off")
-    p.add_argument("--pictures", type=int, default=2, help="pictures of a step, for each process")
-    p.add_argument("--steps", type=int, default=2, help="steps timed, after one")
-    p.add_argument("--images", type=int, default=8, help="pictures of a stage that goes over all; a quarter of them beside it")
+    p.add_argument("--amp", choices=["off", "bf16", "fp16"], default="off")
+    p.add_argument("--batch", type=flags.positive, default=2, help="images of a step, for each process")
+    p.add_argument("--steps", type=flags.positive, default=2, help="steps timed, after a tenth as many")
+    p.add_argument("--images", type=flags.positive, default=8,
+                   help="images of a stage that goes over all; a quarter of them beside it")
     p.add_argument("--job", type=json.loads, help="one measurement, in this process (used by itself)")
-    args = p.parse_args()
-    if "plan" in args.what and "growth" not in args.what:
-        p.error("--what plan is made of --what growth")
-    return args
+    return p.parse_args()
 
 
 def main():
     args = parse()
     if args.job:
         return job(args.job)
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder), args)
         if "processes" in args.what:
-            processes_table(bench)
-        constants = growth_table(bench) if "growth" in args.what else None
-        if "plan" in args.what:
-            plan_table(constants)
+            head = ["processes, one thread each", "(a), images/s", "efficiency", "S's maps, images/s",
+                    "efficiency", "MB a process, (a)", "maps"]
+            found["processes"] = head, list(processes_rows(bench, args.processes))
+        if "growth" in args.what:
+            rows = [[title, cell(seconds), cell(mb)] for title, (seconds, mb) in growth_rows(bench)]
+            found["growth"] = ["", "seconds", "MB"], rows
+    facts = f"{args.batch} images a step, {args.images} in a folder, amp {args.amp}."
+    for name, (head, rows) in found.items():
+        tables.show(f"bench.scale {name}", args.write, tables.markdown(head, rows), facts, args.device)
 
 
 if __name__ == "__main__":

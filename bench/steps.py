@@ -38,7 +38,7 @@ from plumbing import files, flags, folders, processes
 from wsss import clip_model, generator, losses, texts
 
 LAMBDA_B, LAMBDA_T, LAMBDA, EPS, EPS_PROMPT = 2.4, 0.02, 0.05, 0.1, 1e-4              # VOC
-VIEWS, EPOCHS = 8, 60
+VIEWS, EPOCHS, SIZE = 8, 60, 224
 ROWS = {  # row -> the step of `plain`, the step of `here`
     "a": ("match", "match"), "b fresh crops": ("prompt", "prompt"), "b stored": ("prompt", "stored"),
     f"b {EPOCHS} epochs, {VIEWS} views": ("prompt", "views"), "c": ("refine", "refine")}
@@ -141,8 +141,9 @@ class Plain:
     def prompts(self):
         C, L, _ = self.vectors.shape
         words = self.clip.token_embedding(self.frame).detach().expand(C, -1, -1)      # SOS a photo of . EOS 0
-        x = torch.cat([words[:, :4], self.vectors, words[:, 4:77 - L]], dim=1) + self.clip.positional_embedding
-        x = self.clip.ln_final(self.clip.transformer(x.permute(1, 0, 2)).permute(1, 0, 2))
+        x = torch.cat([words[:, :4], self.vectors, words[:, 4:77 - L]], dim=1)        # (C, 77, width)
+        x = (x + self.clip.positional_embedding).permute(1, 0, 2)
+        x = self.clip.ln_final(self.clip.transformer(x).permute(1, 0, 2))
         return F.normalize((x[:, 5 + L] @ self.clip.text_projection).float(), dim=-1)
 
     def regions(self, images, labels, eps):
@@ -198,13 +199,13 @@ class Bench:
     def __init__(self, args):
         self.args, self.device, self.made = args, torch.device(args.device), {}
         self.labels = inputs.multi_hot(inputs.deal(args.batch, args.pairs))
-        self.images = torch.rand(args.batch, 3, 224, 224).to(self.device)
+        self.images = torch.rand(args.batch, 3, SIZE, SIZE).to(self.device)
 
     def side(self, name):
         if name not in self.made:
             model, C = inputs.random_clip(), inputs.CLASSES
             S = generator.DeiT(C).to(self.device).train()
-            vectors = torch.rand(C, 30, 512).to(self.device)
+            vectors = torch.rand(C, 30, model.transformer.width).to(self.device)
             self.made[name] = SIDES[name](model, S, vectors, texts.class_texts(folders.VOC_CLASSES))
         return self.made[name]
 
@@ -218,7 +219,8 @@ class Bench:
 
     def peak(self, side, name):
         """GB that a process of its own needs for two steps."""
-        command = [sys.executable, "-W", "ignore", "-m", "bench.steps", *sys.argv[1:], "--peak-of", side, name]
+        command = [sys.executable, "-W", "ignore", "-m", "bench.steps", *sys.argv[1:], "--peak-of", side,
+                   name]
         done = subprocess.run(command, cwd=files.ROOT, capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)

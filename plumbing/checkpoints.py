@@ -191,14 +191,13 @@ class Keeper:
         `epoch_of()` gives one epoch's batches instead of the loader; the last part of each is its image
         numbers."""
         batches = self.loader.batch_sampler
-        bar = self.run.progress(None, self.stage, self.total, self.done)
-        while self.done < self.total:
-            batches.start(self.done // len(batches), self.done % len(batches))
-            for batch in islice((epoch_of or self.batches)(), self.total - self.done):
-                *parts, self.numbers = batch
-                yield parts
-                bar.update()
-        bar.close()
+        with self.run.progress(None, self.stage, self.total, self.done) as bar:
+            while self.done < self.total:
+                batches.start(self.done // len(batches), self.done % len(batches))
+                for batch in islice((epoch_of or self.batches)(), self.total - self.done):
+                    *parts, self.numbers = batch
+                    yield parts
+                    bar.update()
 
     def batches(self):
         for images, targets, numbers in self.loader:

@@ -178,9 +178,9 @@ SEGMENTERS = ("deeplabv2_resnet101", "deeplabv2_resnet101_caffe", "segmenter_dei
               "segmenter_toy")
 
 
-def new_segmenter(name, num_classes, init="none"):
+def new_segmenter(name, num_classes, init="none", classes=None):
     """A network for `num_classes` classes besides the background. `init`: "none", "imagenet" (downloaded
-    once), or a file: weights of its backbone, or a whole network of ours."""
+    once), or a file: weights of its backbone, or a whole network of ours, for these `classes`."""
     if name == "deeplabv2_resnet101":
         backbone = segmenter.dilated_resnet101()
         model = segmenter.DeepLabV2(backbone, 2048, num_classes, stride=8, dilations=(6, 12, 18, 24))
@@ -200,8 +200,12 @@ def new_segmenter(name, num_classes, init="none"):
     elif init != "none":
         content = weights.read(init)
         state, notes = weights.state_of(content, init)
+<<<<<<< HEAD
         if name.endswith("_caffe") and model.mark not in state:
             state = weights.fit(init, weights.rename_deeplab, state)
+=======
+        checkpoints.check_classes(init, content.get("classes") if "stage" in content else None, classes)
+>>>>>>> main
         weights.fit(init, model.load_state_dict if model.mark in state else model.load_backbone, state)
         if "stage" not in content:
             weights.announce(init, f"{name}'s backbone, {len(state)} tensors", notes)

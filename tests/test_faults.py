@@ -162,7 +162,7 @@ def test_a_full_disk_names_the_file_and_keeps_others(world, tmp_path, monkeypatc
 def test_recipes_and_files_before_a_stage_decide_whether_it_runs_again(world, tmp_path):
     out, script = outputs(world, tmp_path / "out", "cls.pt"), "make_cam.py"
     assert call(script, *words(world, script, out)).returncode == 0
-    refused(call(script, *words(world, script, out, "--stride", "4")), "made with --stride None (now 4)")
+    refused(call(script, *words(world, script, out, "--stride", "4")), "made with --stride 1 (now 4)")
     (out / "cls.pt").unlink()
     content = torch.load(world / "out/cls.pt", weights_only=True)
     content["model"]["head.weight"] += 1

@@ -10,8 +10,9 @@ from conftest import CLASSES, LABELS, call, make_folder, refused, run_together
 from test_networks import tiny
 from test_weights import save
 
-from plumbing import folders, masks
-from plumbing.images import image_size
+from plumbing import folders, masks, sheets
+from plumbing.images import image_size, load_image
+from plumbing.maps import heat
 from wsss import generator
 
 FORMATS = ["irn", "psa", "clip_es", "fma"]
@@ -78,14 +79,6 @@ def test_maps_depend_on_no_batch_and_no_number_of_processes(world):
     assert largest_difference(world / "out/cam_1", world / "out/cam_two") < 2e-3
 
 
-def test_a_published_generator_is_taken_as_it_is(world, tmp_path):
-    init = save(tmp_path / "weaktr.pth", {"model": tiny(), "epoch": 1})
-    make(world, tmp_path, "--init", init, "--pool", "avg")
-    assert largest_difference(tmp_path / "cam", world / "out/cam_1") < 2e-3
-    done = json.loads((tmp_path / "cam.json").read_text())
-    assert done["source"] == str(init) and done["args"]["pool"] == "avg"
-
-
 def test_stride_is_the_mean_of_cells(world, tmp_path):
     make(world, tmp_path, "--init", world / "out/refine.pt", "--stride", "4", "--sheets", "0")
     full, small = read(world / "out/cam_1", "a_2"), read(tmp_path / "cam", "a_2")
@@ -118,6 +111,29 @@ def test_finished_maps_are_kept_and_others_refused(world, tmp_path):
     refused(call(*flags(world, tmp_path / "empty", "--init", wrong)), "voc20.pth: maps 20 classes")
 
 
+# ---------------------------------------------------------------- contact sheets
+
+def test_sheets_show_image_maps_and_truth(world, tmp_path):
+    """Two images a line, 16 a sheet; a map lies over its image in colours, the truth is in VOC's."""
+    labels = {f"s_{n}": [2] if n % 2 else [0, 1] for n in range(18)}
+    make_folder(tmp_path / "data", labels)
+    (tmp_path / "data/SegmentationClass/s_0.png").unlink()
+    make(tmp_path, tmp_path / "out", "--init", world / "out/refine.pt")
+    first, second = (load_image(tmp_path / f"out/sheets/cam_{n}.png") for n in (0, 1))
+    assert first.size == (2 * 4 * 160, 8 * 174) and second.size == (2 * 4 * 160, 174)
+
+    def tile(column):
+        return np.asarray(first.crop((160 * column, 0, 160 * column + 160, 160)))
+
+    image, cam = load_image(tmp_path / "data/JPEGImages/s_1.jpg"), read(tmp_path / "out/cam", "s_1")
+    truth = masks.paint(masks.load_mask(tmp_path / "data/SegmentationClass/s_1.png")).convert("RGB")
+    for column, want in ((4, image), (5, heat(image, cam[0])), (6, truth)):
+        assert np.array_equal(tile(column), np.asarray(sheets.tile(want, "").crop((0, 0, 160, 160))))
+    assert (tile(2) != 255).any() and (tile(3) == 255).all()  # s_0: two maps, and no truth
+    make(tmp_path, tmp_path / "none", "--init", world / "out/refine.pt", "--sheets", "0")
+    assert not list((tmp_path / "none/sheets").glob("*"))
+
+
 # ---------------------------------------------------------------- what other projects read
 
 @pytest.fixture(scope="module")
@@ -137,37 +153,30 @@ def maps_of(world, id):
 
 
 @pytest.mark.parametrize("id", ["a_2", "a_3"])
-def test_what_irn_does_next(exported, id):
-    """Its cam_to_ir_label.py, then make_sem_seg_labels.py, which calls cam.cuda()."""
-    table = np.load(exported / f"out/cam_irn/{id}.npy", allow_pickle=True).item()
+def test_what_their_readers_do_next(exported, id):
+    """IRN's cam_to_ir_label.py, and make_sem_seg_labels.py, which calls cam.cuda(); then the other three."""
     classes, maps = maps_of(exported, id)
     P, H, W = maps.shape
-    keys = np.pad(table["keys"] + 1, (1, 0), mode="constant")
-    assert keys.tolist() == [0, *(k + 1 for k in classes)]
-    high = np.pad(table["high_res"], ((1, 0), (0, 0), (0, 0)), mode="constant", constant_values=0.3)
-    ours = np.concatenate([np.full((1, H, W), 0.3, np.float32), maps])
-    assert high.dtype == np.float32 and high.shape == ours.shape and np.abs(high - ours).max() < 1e-3
-    cam = table["cam"].to("cpu")
+    irn, psa, clip_es = (np.load(exported / f"out/cam_{name}/{id}.npy", allow_pickle=True).item()
+                         for name in FORMATS[:3])
+    assert np.pad(irn["keys"] + 1, (1, 0), mode="constant").tolist() == [0, *(k + 1 for k in classes)]
+    high = np.pad(irn["high_res"], ((1, 0), (0, 0), (0, 0)), mode="constant", constant_values=0.3)
+    assert high.dtype == np.float32 and (high[0] == np.float32(0.3)).all()
+    assert high.shape == (1 + P, H, W) and np.abs(high[1:] - maps).max(initial=0) < 1e-3
+    cam = irn["cam"].to("cpu")
     assert cam.dtype == torch.float32 and cam.shape == (P, (H - 1) // 4 + 1, (W - 1) // 4 + 1)
     if P:
         again = F.interpolate(cam[:, None], scale_factor=4, mode="bilinear")[:, 0, :H, :W].numpy()
         assert np.abs(again - maps).mean() < 0.05
-
-
-@pytest.mark.parametrize("id", ["a_2", "a_3"])
-def test_what_psa_weaktr_clip_es_and_fma_do_next(exported, id):
-    classes, maps = maps_of(exported, id)
-    psa = np.load(exported / f"out/cam_psa/{id}.npy", allow_pickle=True).item()
     assert list(psa) == classes and all(type(key) is int for key in psa)
     for value, m in zip(psa.values(), maps):
         assert value.dtype == np.float32 and np.abs(value - m).max() < 1e-3
-    table = np.load(exported / f"out/cam_clip_es/{id}.npy", allow_pickle=True).item()
-    assert np.pad(table["keys"] + 1, (1, 0), mode="constant").tolist() == [0, *(k + 1 for k in classes)]
-    cams = table["attn_highres"]
-    assert cams.dtype == np.float32 and cams.shape == maps.shape and np.abs(cams - maps).max(initial=0) < 1e-3
+    assert (clip_es["keys"] + 1).tolist() == [k + 1 for k in classes]
+    cams = clip_es["attn_highres"]
+    assert cams.dtype == np.float32 and cams.shape == maps.shape
+    assert np.abs(cams - maps).max(initial=0) < 1e-3
     fma = np.load(exported / f"out/cam_fma/{id}.npz")         # no pickle
     assert set(fma.files) == {"cam", "fg_cls"} and fma["fg_cls"].tolist() == classes
-    assert fma["cam"].dtype == np.float32
     assert np.abs(fma["cam"] - read(exported / "out/cam", id)).max(initial=0) < 1e-3
 
 

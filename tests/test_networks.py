@@ -215,6 +215,8 @@ def test_a_segmenter_comes_back_and_starts_another(name, tmp_path):
     assert again.window == (None if name == "deeplab_toy" else (48, 32))      # the crop of its training
     assert same(networks.new_segmenter(name, 3, path).state_dict(), model.state_dict())
     assert "seg.pt does not fit this network: " in refusal(networks.new_segmenter, name, 4, path)
+    message = refusal(networks.new_segmenter, name, 3, path, list("acb"))
+    assert "seg.pt was trained on other classes" in message
     (tmp_path / "cls.pt").symlink_to(path)
     assert "not a mask generator (it is of stage 'seg'" in refusal(networks.load_generator, path, RUN)
 

@@ -1,19 +1,15 @@
-"""make_pseudo.py as a command: its rule pixel by pixel, its CRF, killed and restarted, bad input in one line.
-(Segments: test_pseudo_votes.py. Several processes: test_ranks.py.)"""
+"""make_pseudo.py as a command: its rule pixel by pixel, its CRF, what is kept, bad input in one line.
+(Segments: test_pseudo_votes.py. Several processes: test_ranks.py. A worker that dies: test_processes.py.)"""
 import json
-import os
 import shutil
-import signal
-import time
 
 import numpy as np
 import pytest
 import torch
-from conftest import CLASSES, LABELS, call, make_folder, refused
+from conftest import CLASSES, LABELS, call, refused
 
 from plumbing import folders, images, masks
 from plumbing.maps import load_cam, present, resize_maps, save_cam
-from tests.rigs import launch
 from wsss import crf
 
 SHARED = ["--split", "train", "--device", "cpu", "--workers", "0"]
@@ -140,52 +136,6 @@ def test_masks_of_another_recipe_or_of_other_maps_are_refused(world):
     recipe.write_text('{"fingerprint": "second"}')
     refused(make(world, "--no-crf"), "made from another cam", "--no-resume")
     assert not equal(first, made(world, "--no-crf", "--threshold", "0.2", "--no-resume")[0])
-
-
-def children(pid):
-    """Processes below `pid` that have no child themselves: of a pool, its workers."""
-    table = {}
-    for entry in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            table[int(entry)] = int(open(f"/proc/{entry}/stat").read().rsplit(")", 1)[1].split()[1])
-        except OSError:
-            continue
-    below = [pid]
-    for parent in below:
-        below += [child for child, above in table.items() if above == parent]
-    return [child for child in below[1:] if child not in table.values()]
-
-
-@pytest.mark.skipif(not os.path.isdir("/proc"), reason="looks for the worker in /proc")
-def test_a_killed_worker_and_an_interrupted_run_go_on_to_the_same_masks(tmp_path):
-    voc = make_folder(tmp_path / "data", labels={f"b_{n}": [n % 3] for n in range(8)}, size=(120, 160))
-    world = voc, out = put_maps(voc, tmp_path / "out")
-    job = ["make_pseudo.py", "--data", voc, "--out", out, *SHARED[:-1], "1", "--iterations", "60"]
-
-    def start_and_strike(strike, at_least):
-        (tmp_path / "output").unlink(missing_ok=True)
-        process = launch.start([job], tmp_path / "output")
-        while len(list((out / "pseudo").glob("*.png"))) < at_least and process.is_alive():
-            time.sleep(0.005)
-        strike(process.pid)
-        process.join(60)
-        return process.exitcode, (tmp_path / "output").read_text()
-
-    def kill_workers(pid):
-        for child in children(pid):
-            if b"forkserver" in open(f"/proc/{child}/cmdline", "rb").read():
-                os.kill(child, signal.SIGKILL)
-
-    code, output = start_and_strike(kill_workers, 1)
-    assert code == 1 and "a worker process died" in output and "fewer --workers" in output, output
-    before = len(masks_of(out))
-    assert 1 <= before < 8 and not (out / "pseudo.json").exists() and "Traceback" not in output
-    code, output = start_and_strike(lambda pid: os.kill(pid, signal.SIGINT), before + 1)
-    assert code == 130 and "finished files are kept: run the same command again" in output, output
-    assert before < len(masks_of(out)) < 8 and "Traceback" not in output
-    resumed, _ = made(world, "--iterations", "60")
-    again, _ = made(world, "--iterations", "60", "--no-resume")
-    assert len(resumed) == 8 and equal(resumed, again)
 
 
 # ---------------------------------------------------------------- bad input

@@ -1,11 +1,12 @@
-"""What the README and the manual pages tell people to type: the toy run for real, every other command down to its flags."""
+"""What the README, docs/ and the manual pages tell people to type: the toy run and the walk-through for real,
+every other command down to its flags."""
+import argparse
 import ast
 import importlib
-import os
 import re
 import shlex
-import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,119 +14,199 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, call
 from PIL import Image
+from test_run import module_of, parse, shell  # noqa: F401 (a fixture)
 
 from plumbing import folders, masks
 from wsss import clip_model
 
-STAGES = sorted(path.name for path in ROOT.glob("*.py"))
+COMMAND = re.compile(r"([A-Z0-9]+=\S+ )*(python|torchrun|bash) ")
+OTHERS = ("pip install ", "git clone ", "cd ")                # what a block may hold besides
+DOCS = {path.relative_to(ROOT).as_posix(): path.read_text()
+        for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+TEXT = DOCS["README.md"]
+SCRIPTS = {}                                                  # module -> its manual page
+for folder in (".", "hosts", "ablations", "bench", "tests/rigs"):
+    for path in ROOT.glob(f"{folder}/[a-z]*.py"):
+        if "def main()" in path.read_text():
+            name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
+            SCRIPTS[name] = ast.get_docstring(ast.parse(path.read_text())) or ""
+
+
+def blocks(text):
+    """Lines of the fenced bash blocks, continued ones joined, comments cut."""
+    found = "\n".join(re.findall(r"```bash\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    return [line for line in (re.sub(r"\s+#.*", "", line).strip() for line in found.splitlines()) if line]
 
 
 def commands(text):
-    """Command lines of the fenced bash blocks of a README, or the indented ones of a docstring; continued lines joined, comments cut."""
-    blocks = re.findall(r"```bash\n(.*?)```", text, re.S) or [text]
-    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
-    return [line.split(" #")[0].strip() for line in lines if re.match(r"\s*(python|torchrun|([A-Z]+=\S+ )*bash) ", line)]
+    """Command lines of a docstring."""
+    lines = [re.sub(r"\s+#.*", "", line).strip() for line in text.replace("\\\n", " ").splitlines()]
+    return [line for line in lines if COMMAND.match(line)]
 
 
-TEXT = (ROOT / "README.md").read_text()
-README = commands(TEXT)
-MANUALS = [line for name in STAGES for line in commands(ast.get_docstring(ast.parse((ROOT / name).read_text())))]
+def in_text(text):
+    """Commands in backticks."""
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", text, flags=re.S))
+    return [span for span in spans if COMMAND.match(span) and "<" not in span and "*" not in span]
 
 
-@pytest.mark.parametrize("line", [line for line in dict.fromkeys(README + MANUALS) if ".py" in line])
-def test_the_flags_of_every_command_exist(line, monkeypatch):
+NAMED = [line for text in DOCS.values() for line in in_text(text)]
+LINES = [line for text in DOCS.values() for line in blocks(text) if not line.startswith(OTHERS)]
+LINES = list(dict.fromkeys([*LINES, *NAMED, *(line for text in SCRIPTS.values() for line in commands(text))]))
+
+
+def stage(line):
+    """A command -> what python is to run and its flags, without torchrun's."""
     words = shlex.split(line)
-    script = next(word for word in words if word.endswith(".py"))
-    monkeypatch.setattr(sys, "argv", [script, *words[words.index(script) + 1:]])
-    assert importlib.import_module(".".join(Path(script).with_suffix("").parts)).parse() is not None       # bench/eval.py is bench.eval
+    return words[1:] if words[0] == "python" else words[3:]   # torchrun --nproc_per_node N
 
 
-def test_every_stage_shows_how_it_is_run():
-    for name in STAGES:
-        assert any(name in line for line in MANUALS), name
+@pytest.mark.parametrize("line", [line for line in LINES if " run_" not in line])
+def test_the_flags_of_every_command_exist(line, monkeypatch):
+    assert COMMAND.match(line), f"{line}: neither python nor torchrun nor bash"
+    words = stage(line)
+    name, flags = module_of(words)
+    if name in ("ablations", "bench") and not flags:          # they list what is there
+        return
+    assert name in SCRIPTS and "/" not in words[0], f"{line}: not a script, or not run as a module"
+    if line in NAMED and not flags:                           # a script's name, in the text
+        return
+    module, read = importlib.import_module(name), argparse.ArgumentParser.parse_args
+
+    def end(parser):
+        read(parser)
+        sys.exit(0)
+
+    monkeypatch.setattr(sys, "argv", [name, *flags])
+    if not hasattr(module, "parse"):
+        monkeypatch.setattr(argparse.ArgumentParser, "parse_args", end)
+    try:
+        getattr(module, "parse", module.main)()
+    except SystemExit as leaving:                             # --help leaves with 0, what is wrong with 2
+        assert leaving.code == 0, line
 
 
-def test_the_suite_is_what_ci_runs():
-    assert "bash run_tests.sh" in README and "run_tests.sh" in (ROOT / ".ci/run").read_text()
+def test_every_script_shows_how_it_is_run():
+    for name, text in SCRIPTS.items():
+        assert name in [module_of(stage(line))[0] for line in commands(text)], name
 
 
-RECORDER = """#!/usr/bin/env bash
-# A python that writes down the stages it is asked to run, a line each, and does everything else.
-case "$1" in *.py) printf '%q ' "$@" >> "$RECORD"; echo >> "$RECORD";; *) exec {python} "$@";; esac
-"""
+def test_run_scripts_in_the_docs_run(shell, tmp_path, monkeypatch):  # noqa: F811
+    lines = [line for line in LINES if " run_" in line]
+    assert {"bash run_toy.sh", "bash run_tests.sh"} <= set(lines) and len(lines) > 5
+    assert "run_tests.sh" in (ROOT / ".ci/run").read_text()
+    for n, line in enumerate(line for line in lines if "run_tests.sh" not in line):
+        words = shlex.split(line)
+        at = words.index("bash")
+        more = dict(word.split("=", 1) for word in words[:at])
+        done, found = shell(*words[at + 1:], **{**more, "OUT": tmp_path / str(n)})
+        assert done.returncode == 0 and len(found) > 5, (line, done.stderr)
+        for words in found:
+            parse(words[5:] if "torch.distributed.run" in words else words, monkeypatch)
 
 
-def test_the_toy_run(tmp_path):
-    """`bash run_voc.sh` as a stranger types it, without a VOC, on few pictures: run_toy.sh's stages in its order, in this process (27 starts would take 90 seconds)."""
-    assert "bash run_voc.sh" in README
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin/python3").write_text(RECORDER.format(python=sys.executable))
-    (tmp_path / "bin/python3").chmod(0o755)
-    env = {**os.environ, "LOOK": "1", "DATA": str(tmp_path / "toy"), "OUT": str(tmp_path / "out"), "RECORD": str(tmp_path / "stages"), "PATH": f"{tmp_path}/bin:{os.environ['PATH']}"}
-    env.pop("VOC", None)
-    done = subprocess.run(["bash", "run_voc.sh"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "look at" in done.stdout and "no VOC given" in done.stdout, done.stdout + done.stderr
-    stages = [shlex.split(line) for line in (tmp_path / "stages").read_text().splitlines()]
-    assert len(stages) > 20 and all(done.stdout.count(f"== {script}") for script, *_ in stages)
-    for script, *flags in stages:
-        done = call(script, *flags)
-        assert done.returncode == 0, (script, flags, done.stderr)
-    out = tmp_path / "out"
-    assert all((out / f"{name}.pt").exists() for name in ("cls", "match", "prompts", "refine")) and len(list((out / "cam_refine").glob("*.npy"))) == 24
-    assert len(list((out / "pseudo").glob("*.png"))) == 24 and (out / "eval_pseudo_train.json").exists()
-    assert (out / "report.html").exists() and (out / "seg.pt").exists() and len(list((out / "pred/val").glob("*.png"))) == 8 and (out / "eval_seg_val.json").exists()
-    assert all((out / "vpl" / name).exists() for name in ("prototypes.pt", "seg.pt", "eval_cam_vision_train.json", "eval_cam_text_soft_train.json", "eval_seg_val.json"))
-    assert all((out / f"eval_cam_{source}_train.json").exists() and (out / f"sheets/cam_{source}_0.png").exists() for source in ("cls", "match", "refine"))
+def test_flags_links_and_functions_in_the_text_exist(monkeypatch):
+    options = {"--nproc_per_node", "--help"}
+
+    def give(parser, *_):
+        options.update(option for action in parser._actions for option in action.option_strings)
+        raise EOFError
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", give)
+    for name in SCRIPTS:
+        module = importlib.import_module(name)
+        with pytest.raises(EOFError):
+            getattr(module, "parse", module.main)()
+    for name, text in {**DOCS, **SCRIPTS}.items():
+        text = re.sub(r"```(?!bash).*?```", "", text, flags=re.S)
+        unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - options
+        assert not unknown, (name, unknown)
+    for name, text in DOCS.items():
+        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", text):
+            assert ((ROOT / name).parent / target).exists(), (name, target)
+    for module, function in re.findall(r"`(\w+)\.(\w+)`", TEXT.split("## Equations")[1].split("\n## ")[0]):
+        assert hasattr(importlib.import_module(f"wsss.{module}"), function), (module, function)
 
 
-# Appended to the commands of the README, so that each takes a second; everything else is as it stands there.
+# ---------------------------------------------------------------- for real
+
+def test_the_toy_run(shell, tmp_path):  # noqa: F811
+    """`bash run_voc.sh` without a VOC, on few images: run_toy.sh's lines in their order, in this process."""
+    world, out = tmp_path / "toy", tmp_path / "out"
+    done, lines = shell("run_voc.sh", LOOK=1, DATA=world, OUT=out)
+    assert done.returncode == 0 and "look at" in done.stdout and "no VOC given" in done.stdout
+    assert len(lines) > 25
+    for words in lines:
+        if "segments" not in " ".join(words) or find_spec("skimage"):
+            done = call(*words[words[0] == "-m":])
+            assert done.returncode == 0, (words, done.stderr)
+    made = {path.relative_to(out).as_posix() for path in out.rglob("*")}
+    assert made >= {f"{name}.pt" for name in ("cls", "match", "prompts", "refine", "seg")}
+    assert made >= {"report.html", "eval_pseudo_train.json", "eval_seg_val.json", "sheets/cam_refine_0.png"}
+    assert made >= {f"vpl/{name}" for name in ("prototypes.pt", "seg.pt", "eval_cam_text_soft_train.json",
+                                               "eval_cam_vision_train.json", "eval_seg_val.json")}
+    for folder, ending, count in (("cam_refine", "npy", 24), ("pseudo", "png", 24), ("pred/val", "png", 8)):
+        assert len(list((out / folder).glob(f"*.{ending}"))) == count
+
+
+# Appended to the README's commands, so that each takes a second; everything else is as it stands there.
 SMALL = "--device cpu --amp off --workers 0 --batch-size 4"
-EPOCHS = "--epochs 1 --crop 32 --min-scale 0.5"
-SMALLER = {"train_cls.py": f"{SMALL} {EPOCHS} --generator deit_tiny --backbone none", "train_match.py": f"{SMALL} {EPOCHS} --clip CLIP", "train_prompt.py": f"{SMALL} {EPOCHS} --clip CLIP",
-           "train_refine.py": f"{SMALL} {EPOCHS} --clip CLIP", "vpl.py": f"{SMALL} --clip CLIP --steps 5", "make_cam.py": f"{SMALL} --clip CLIP", "make_pseudo.py": SMALL,
-           "train_seg.py": f"{SMALL} --init none --iterations 2 --crop 33", "eval.py": SMALL, "report.py": SMALL, "prepare_data.py": ""}
+EPOCHS = f"{SMALL} --epochs 1 --crop 32 --min-scale 0.5"
+SMALLER = {
+    "prepare_data.py": "", "train_cls.py": f"{EPOCHS} --generator deit_tiny --backbone none",
+    "train_match.py": f"{EPOCHS} --clip CLIP", "train_prompt.py": f"{EPOCHS} --clip CLIP",
+    "train_refine.py": f"{EPOCHS} --clip CLIP", "vpl.py": f"{SMALL} --clip CLIP --steps 5",
+    "make_cam.py": f"{SMALL} --clip CLIP", "make_pseudo.py": SMALL, "predict.py": SMALL, "report.py": SMALL,
+    "train_seg.py": f"{SMALL} --init none --iterations 2 --crop 33 --width 16 --clip CLIP"}
 
 
-def test_your_own_pictures_in_five_steps(tmp_path, tiny_clip, monkeypatch):
-    """The README's walk-through, line by line: pictures, labels.txt, classes.txt; no list and no mask."""
-    steps = TEXT.split("## Your own pictures")[1].split("\n## ")[0]
-    layout = steps.split("```")[1].splitlines()
-    left, right = zip(*((line[:20].strip(), line[20:].strip()) for line in layout[1:] if line.startswith("    ")))
+def test_your_own_images(tmp_path, tiny_clip, monkeypatch):
+    """README's walk-through and docs/own-images.md line by line: images, labels.txt, classes.txt; no list, no
+    mask. The layout block holds two columns, a file each."""
+    section = TEXT.split("## Your own images")[1].split("\n## ")[0]
+    head, *layout = re.search(r"```\n(.*?)```", section, re.S)[1].splitlines()
+    at = head.index("mine/labels.txt")
     (tmp_path / "mine/JPEGImages").mkdir(parents=True)
-    (tmp_path / "mine/classes.txt").write_text("".join(f"{name}\n" for name in left if name))
-    (tmp_path / "mine/labels.txt").write_text("".join(f"{line}\n" for line in right if line))
     (tmp_path / "photos").mkdir()
-    for folder, name, size in (("mine/JPEGImages", "IMG_0001.jpg", (90, 60)), ("mine/JPEGImages", "IMG_0002.png", (60, 80)), ("mine/JPEGImages", "IMG_0003.JPG", (64, 64)),
-                                              ("photos", "new.jpg", (70, 50)), ("photos", "tall.png", (40, 96))):
-        Image.effect_noise(size, 80).convert("RGB").save(tmp_path / folder / name)
+    for name, column in (("classes", slice(at)), ("labels", slice(at, None))):
+        content = [line[column].strip() for line in layout if line[column].strip()]
+        (tmp_path / f"mine/{name}.txt").write_text("\n".join(content))
+    for name, size in (("mine/JPEGImages/IMG_0001.jpg", (90, 60)), ("mine/JPEGImages/IMG_0002.png", (60, 80)),
+                       ("mine/JPEGImages/IMG_0003.JPG", (64, 64)), ("photos/new.jpg", (70, 50)),
+                       ("photos/tall.png", (40, 96))):
+        Image.effect_noise(size, 80).convert("RGB").save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
-    lines = commands(steps)
-    assert len(lines) == 15 and folders.Folder("mine").classes == ["train", "person"] and folders.Folder("mine").ids("train") == ["IMG_0001", "IMG_0002", "IMG_0003"]
+    assert folders.Folder("mine").classes == ["train", "person"]
+    assert folders.Folder("mine").ids("train") == ["IMG_0001", "IMG_0002", "IMG_0003"]
+    more = [line for line in blocks(DOCS["docs/own-images.md"]) if " mine" in line or " photos" in line]
+    lines = blocks(section)
+    assert len(lines) >= 10 and "python prepare_data.py check mine" in lines
+    lines += more
     for line in lines:
-        script, *flags = shlex.split(line)[1:]
-        smaller = SMALLER[script].replace("CLIP", str(tiny_clip)).split()
-        if script == "train_seg.py" and "clip_decoder" in line:
-            smaller += ["--clip", str(tiny_clip), "--width", "16"]
-        elif script == "train_seg.py":
-            smaller += ["--model", "deeplab_toy"]
-        done = call(script, *flags, *smaller)
+        script, *flags = stage(line)
+        flags += SMALLER[script].replace("CLIP", str(tiny_clip)).split()
+        if script == "train_seg.py" and "--model" not in flags:
+            flags += ["--model", "deeplab_toy"]
+        done = call(script, *flags)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
         if script == "prepare_data.py":
             assert "no problems, no warnings" in done.stdout
-    for out in (tmp_path / "runs/mine", tmp_path / "runs/mine_vpl"):
+    for out in ("runs/mine", "runs/mine_vpl"):
         for name, size in (("new", (70, 50)), ("tall", (40, 96))):
-            mask, overlay = (Image.open(out / "pred/photos" / f"{name}.{kind}") for kind in ("png", "jpg"))
-            assert mask.size == size and overlay.width == size[0] and masks.load_mask(out / "pred/photos" / f"{name}.png").max() <= 2
-    assert "mine_vpl" in (tmp_path / "runs/mine/report.html").read_text()
+            place = Path(out, "pred/photos", name)
+            assert masks.load_mask(place.with_suffix(".png"), 2).shape == size[::-1]
+            assert Image.open(place.with_suffix(".jpg")).width == size[0]
+    assert Path("runs/mine/report.html").exists()
 
 
 def test_the_piece_to_copy(tiny_clip, monkeypatch):
     """The README's snippet gives SemPLeS's first loss, with a gradient for the maps."""
-    monkeypatch.setattr(clip_model, "load_clip", lambda name, device, load=clip_model.load_clip: load(tiny_clip, device))
-    snippet = TEXT.split("```python\n")[1].split("```")[0]
+    load = clip_model.load_clip
+    monkeypatch.setattr(clip_model, "load_clip", lambda name, device: load(tiny_clip, device))
     torch.manual_seed(0)
     raw = torch.rand(3, 4, 5, requires_grad=True)
-    names = {"device": "cpu", "classes": ["train", "boat"], "maps": raw, "images": torch.rand(2, 3, 16, 16), "b": torch.tensor([0, 0, 1]), "k": torch.tensor([0, 1, 1]), "torch": torch, "F": F}
-    exec(snippet, names)
+    b, k = torch.tensor([0, 0, 1]), torch.tensor([0, 1, 1])
+    names = {"device": "cpu", "classes": ["train", "boat"], "maps": raw, "b": b, "k": k, "torch": torch,
+             "F": F, "images": torch.rand(2, 3, 16, 16)}
+    exec(TEXT.split("```python\n")[1].split("```")[0], names)
     names["loss"].backward()
-    assert names["loss"].item() > 0 and raw.grad.abs().sum() > 0 and torch.isfinite(raw.grad).all()
+    assert names["loss"].item() > 0 and raw.grad.abs().sum() > 0 and raw.grad.isfinite().all()

@@ -89,7 +89,7 @@ def world(tmp_path_factory, tiny_clip):
     prompts = clip_model.BackgroundPrompts(clip, 3, 4)
     known = {"clip": files.fingerprint(tiny_clip)}
     checkpoints.save(out / "prompts.pt", stage="prompts", model=prompts.state_dict(), classes=NAMES,
-                     args={"clip": str(tiny_clip), "template": "a photo of {}.", "inputs": known})
+                     args={"clip": str(tiny_clip), "inputs": known})
     for name in ("cls.pt", "match.pt"):
         (out / name).touch()
     return root

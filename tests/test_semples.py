@@ -372,9 +372,13 @@ def test_two_processes_are_one(world, tmp_path):
     jobs += [(script, *flags(script, world, out)) for script in LATER]
     stored = copy_inputs(world, tmp_path / "stored", "prompts")
     jobs.append(("train_prompt.py", *flags("train_prompt.py", world, stored, "--views", "2")))
+    drawn = [copy_inputs(world, tmp_path / name, "prompts") for name in ("two", "one")]
+    jobs.append(("train_refine.py", *flags("train_refine.py", world, drawn[0], "--prompts", "random")))
     run_together(jobs, tmp_path)
-    pairs = [(tmp_path / "first", world / "first", "cls"), (stored, world / "out", "prompts")]
-    pairs += [(out, world / "out", STAGES[script]) for script in LATER]
+    finish("train_refine.py", world, drawn[1], "--prompts", "random")
+    pairs = [(out, world / "out", STAGES[script]) for script in LATER]
+    pairs += [(tmp_path / "first", world / "first", "cls"), (stored, world / "out", "prompts")]
+    pairs.append((*drawn, "refine"))
     for two, one, stage in pairs:
         assert same(weights(two / f"{stage}.pt"), weights(one / f"{stage}.pt"), 1e-5), stage
         logs = [rows(folder / f"{stage}.jsonl") for folder in (one, two)]

@@ -140,7 +140,7 @@ def test_ties_are_painted_by_size_place_and_label_whatever_the_order():
     masks, labels = [large, small, lower, *shapes], [1, 3, 2, 4, 5]
     assert shapes[0].sum() == shapes[1].sum() and (shapes[0] != shapes[1]).any()
     want = np.zeros((H, W), int)
-    for mask, label in zip(masks, labels):                        # larger first, then upper, then smaller label
+    for mask, label in zip(masks, labels):                        # larger first, then upper, then label
         want[mask] = label
     for order in itertools.permutations(range(5)):
         segments = segments_of([masks[i] for i in order])

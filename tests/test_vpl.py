@@ -13,9 +13,10 @@ from plumbing import checkpoints, files, folders
 from wsss import clip_model, gradcam, losses
 
 GROUNDS = ["rails", "water", "grass", "sky"]
-NAMES = CLASSES + GROUNDS
-ENSEMBLE = [f"a clean origami {name}." for name in NAMES]
+TEXTS = [f"a clean origami {name}." for name in CLASSES + GROUNDS]
 SHARED = ["--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0", "--tau-t", "0.02"]
+STEPS = ["--batch-size", "2", "--phi", "0.6", "--steps", "20", "--lr", "0.1", "--log-every", "5",
+         "--save-every", "5"]
 
 
 def make_world(root, clip, **more):
@@ -33,17 +34,13 @@ def world(tmp_path_factory, tiny_clip):
     return root
 
 
-def flags(world, out, *more):
-    return ["--data", world / "data", "--out", out, "--clip", world / "clip.pt", *SHARED, *more]
-
-
-def vpl_flags(world, out, *more):
-    return flags(world, out, "--batch-size", "2", "--phi", "0.6", "--steps", "20", "--lr", "0.1",
-                 "--log-every", "5", "--save-every", "5", *more)
+def line(script, world, out, *more):
+    more = [*(STEPS if script == "vpl.py" else []), *more]
+    return [script, "--data", world / "data", "--out", out, "--clip", world / "clip.pt", *SHARED, *more]
 
 
 def vpl(world, out, *more):
-    done = call("vpl.py", *vpl_flags(world, out, *more))
+    done = call(*line("vpl.py", world, out, *more))
     assert done.returncode == 0, done.stderr
     return read(out)
 
@@ -57,9 +54,9 @@ def log_of(out):
     return [{**row, "seconds": 0} for row in rows(out / "prototypes.jsonl")]
 
 
-def features(out, ids=LABELS):
+def features(out):
     """{id: (x (n, D), class (n,))} as stored."""
-    stored = {id: np.load(out / f"features/{id}.npy") for id in ids}
+    stored = {id: np.load(out / f"features/{id}.npy") for id in LABELS}
     assert all(file.dtype == np.float16 for file in stored.values())
     return {id: (file[:, :-1].astype(float), file[:, -1].astype(int)) for id, file in stored.items()}
 
@@ -82,50 +79,42 @@ def look(world, id, columns, tau, affinity=True):
 
 # ---------------------------------------------------------------- what is marked
 
-def expected(world, id, affinity=True, kind="patch"):
-    """Feature and class of every patch, 3 for background, -1 for neither: the rule as a loop."""
-    texts = clip_model.load_clip(world / "clip.pt").encode_text(ENSEMBLE)
-    maps, clip, x = look(world, id, texts, 0.02, affinity)
-    marked = []
-    for n in range(20):                                       # 4 x 5 patches of 8 pixels
-        values = [m.flatten()[n].item() for m in maps]
-        top = max(values, default=0)
-        marked.append(LABELS[id][values.index(top)] if top >= 0.6 else 3 if 1 - top >= 0.6 else -1)
-    return gradcam.patch_features(clip, x, kind)[0].numpy(), np.array(marked)
-
-
-def test_stored_are_the_features_of_marked_pixels(world, tmp_path):
-    """Images of two classes, of one and of none; maps with and without affinity, both kinds of x."""
-    vpl(world, tmp_path, "--no-affinity", "--features", "value", "--steps", "1")
-    for out, more in ((world / "out", {}), (tmp_path, {"affinity": False, "kind": "value"})):
-        for id in ("a_2", "a_1", "a_3"):
-            x, marked = expected(world, id, **more)
-            assert len(x) == 20 and set(marked) - {-1} == {*LABELS[id], 3}
-            found, classes = features(out)[id]
-            assert classes.tolist() == marked[marked >= 0].tolist()
-            np.testing.assert_allclose(found, x[marked >= 0], atol=1e-3)
+@pytest.mark.parametrize("affinity,kind", [(True, "patch"), (False, "value")])
+def test_stored_are_the_features_of_marked_pixels(world, tmp_path, affinity, kind):
+    """Images of two classes, of one and of none. 3 marks background, -1 neither: the rule as a loop."""
+    Z = vpl(world, tmp_path, *([] if affinity else ["--no-affinity"]), "--features", kind)["model"]["text"]
+    for id in ("a_2", "a_1", "a_3"):
+        maps, clip, x = look(world, id, Z, 0.02, affinity)
+        marked = []
+        for n in range(20):                                   # 4 x 5 patches of 8 pixels
+            values = [m.flatten()[n].item() for m in maps]
+            top = max(values, default=0)
+            marked.append(LABELS[id][values.index(top)] if top >= 0.6 else 3 if 1 - top >= 0.6 else -1)
+        marked = np.array(marked)
+        assert set(marked) - {-1} == {*LABELS[id], 3}
+        found, classes = features(tmp_path)[id]
+        assert classes.tolist() == marked[marked >= 0].tolist()
+        x = gradcam.patch_features(clip, x, kind)[0].numpy()[marked >= 0]
+        np.testing.assert_allclose(found, x, atol=1e-3)
 
 
 def test_regions_are_means_over_the_pixels_of_a_class(world, tmp_path):
-    made = vpl(world, tmp_path, "--pool", "region", "--steps", "1")
+    vpl(world, tmp_path, "--pool", "region", "--steps", "1")
     for id, (pooled, classes) in features(tmp_path).items():
         x, marked = features(world / "out")[id]
         assert classes.tolist() == sorted(set(marked))
         for row, k in zip(pooled, classes):
             mean = x[marked == k].mean(0)
             np.testing.assert_allclose(row, mean / np.linalg.norm(mean), atol=2e-3)
-    assert sum(made["pixels"]) == sum(len(set(marked)) for _, marked in features(world / "out").values())
 
 
 def test_max_pixels_bounds_every_image_and_draws_the_same(world, tmp_path):
-    made = vpl(world, tmp_path / "a", "--max-pixels", "37", "--steps", "1")
-    vpl(world, tmp_path / "b", "--max-pixels", "37", "--steps", "1", "--batch-size", "1")
-    vpl(world, tmp_path / "c", "--max-pixels", "37", "--steps", "1", "--seed", "1")
+    for out, more in (("a", []), ("b", ["--batch-size", "1"]), ("c", ["--seed", "1"])):
+        vpl(world, tmp_path / out, "--max-pixels", "37", "--steps", "1", *more)
     a, b, c, everything = (features(out) for out in (*(tmp_path / name for name in "abc"), world / "out"))
-    assert sum(made["pixels"]) <= 37
     for id, (x, marked) in a.items():
         all_x, all_marked = everything[id]
-        assert len(x) == min(7, len(all_x))
+        assert len(x) == min(37 // 5, len(all_x))
         places = [int(np.abs(all_x - row).sum(1).argmin()) for row in x]
         assert places == sorted(set(places)) and (all_marked[places] == marked).all()  # a subset, each once
         assert (b[id][1] == marked).all()
@@ -146,12 +135,12 @@ def targets(out, Z, allowed):
     return torch.stack(all_x), torch.stack(p_text)
 
 
-def descend(x, p_text, W, tau, lr, steps, learned):
+def descend(x, p_text, W, learned):
     """Eq. 7, 10, 11 by autograd; the rate halves when the gradient's norm grows. -> W, losses, rates"""
-    norm, seen = torch.inf, []
-    for _ in range(steps):
+    norm, lr, seen = torch.inf, 0.1, []
+    for _ in range(20):
         W = W.detach().requires_grad_()
-        loss = -(p_text * (x @ W.T / tau).log_softmax(1)).sum(1).mean()
+        loss = -(p_text * (x @ W.T / 0.03).log_softmax(1)).sum(1).mean()
         gradient, = torch.autograd.grad(loss, W)
         gradient[learned:] = 0
         lr = lr / 2 if gradient.norm() > norm else lr
@@ -166,124 +155,95 @@ def own(present, k):
     return present + [3, 4, 5, 6]
 
 
-@pytest.mark.parametrize("more,allowed,learned", [
-    ([], own, 7), (["--no-label-mask"], lambda present, k: range(7), 7),
-    (["--target", "hard"], lambda present, k: [k] if k < 3 else [3, 4, 5, 6], 7),
-    (["--no-learn-background"], own, 3), (["--no-background-pixels"], own, 7)],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else "")
-def test_the_scripts_own_steps_are_the_papers_equations(world, tmp_path, more, allowed, learned):
-    made = vpl(world, tmp_path, *more)
-    Z = made["model"]["text"].double()
+@pytest.mark.parametrize("more,allowed", [
+    ("", own), ("--no-label-mask", lambda present, k: range(7)), ("--no-background-pixels", own),
+    ("--target hard", lambda present, k: [k] if k < 3 else [3, 4, 5, 6]), ("--no-learn-background", own)])
+def test_the_scripts_own_steps_are_the_papers_equations(world, tmp_path, more, allowed):
+    made = vpl(world, tmp_path, *more.split())
+    V, Z = (made["model"][name].double() for name in ("prototypes", "text"))
     x, p_text = targets(tmp_path, Z, allowed)
-    W, loss, rates = descend(x, p_text, Z, 0.03, 0.1, 20, learned)
-    torch.testing.assert_close(made["model"]["prototypes"].double(), W, rtol=0, atol=1e-4)
-    assert (W[:learned] - Z[:learned]).abs().max() > 0.01
-    torch.testing.assert_close(made["model"]["prototypes"][learned:].double(), Z[learned:])
-    assert rates[-1] < rates[0] == 0.1
+    learned = 3 if more == "--no-learn-background" else 7
+    W, loss, rates = descend(x, p_text, Z, learned)
+    torch.testing.assert_close(V, W, rtol=0, atol=1e-4)
+    torch.testing.assert_close(V[learned:], Z[learned:])
+    assert (W[:learned] - Z[:learned]).abs().max() > 0.01 and rates[-1] < 0.1
     for row, step in zip(log_of(tmp_path), (1, 5, 10, 15, 20), strict=True):
-        assert row["step"] == step
-        assert (row["loss"], row["lr"]) == (pytest.approx(loss[step - 1], rel=1e-4), rates[step - 1])
-    gaps = {name: (x.mean(0) - V[:learned].mean(0)).norm().item()
-            for name, V in (("before", Z), ("after", W))}
-    assert made["gap"] == pytest.approx(gaps, abs=1e-4)
-    assert log_of(tmp_path)[0]["gap"] == pytest.approx(gaps["before"], abs=1e-5)
+        assert row["step"] == step and row["lr"] == rates[step - 1]
+        assert row["loss"] == pytest.approx(loss[step - 1], rel=1e-4)
+    gap = {name: (x.mean(0) - M[:learned].mean(0)).norm().item() for name, M in zip(("before", "after"), (Z, W))}
+    assert made["gap"] == pytest.approx(gap, abs=1e-4)
+    assert log_of(tmp_path)[0]["gap"] == pytest.approx(gap["before"], abs=1e-5)
     kinds = [k for _, marked in features(tmp_path).values() for k in marked]
     assert made["pixels"] == [kinds.count(k) for k in range(4)]
-    assert (made["pixels"][3] == 0) == (more[:1] in (["--no-learn-background"], ["--no-background-pixels"]))
+    assert (kinds.count(3) == 0) == ("background" in more)
 
 
 def test_texts_are_the_optimum_at_their_own_temperature(world, tmp_path):
     """With all columns in P' and tau_I = tau_T, W = Z has no gradient; the label mask alone moves it."""
     for more, moves in (["--no-label-mask"], False), ([], True):
-        made = vpl(world, tmp_path / str(moves), "--tau-i", "0.02", *more)
-        W, Z = made["model"]["prototypes"], made["model"]["text"]
-        assert (rows(tmp_path / str(moves) / "prototypes.jsonl")[0]["norm"] > 1e-3) == moves
-        assert ((W - Z).abs().max() > 1e-3) == moves
+        made = vpl(world, tmp_path / str(moves), "--tau-i", "0.02", *more)["model"]
+        assert (log_of(tmp_path / str(moves))[0]["norm"] > 1e-3) == moves
+        assert ((made["prototypes"] - made["text"]).abs().max() > 1e-3) == moves
 
 
-def test_prototypes_say_what_they_are(world, tmp_path):
-    made, clip = read(world / "out"), clip_model.load_clip(world / "clip.pt")
+def test_prototypes_say_what_they_are(world, tmp_path, tiny_clip):
+    """Synonyms and backgrounds are CLIP-ES's where the folder names none; a class without a pixel is named."""
+    made, clip = read(world / "out"), clip_model.load_clip(tiny_clip)
     W, Z = made["model"]["prototypes"], made["model"]["text"]
     assert (made["stage"], made["classes"], made["backgrounds"]) == ("prototypes", CLASSES, GROUNDS)
     assert (made["tau_t"], made["tau_i"], made["clip"]) == (0.02, 0.03, clip.fingerprint())
-    assert W.shape == Z.shape == (7, 16) and W.dtype == Z.dtype == torch.float32
+    assert W.shape == (7, 16) and W.dtype == torch.float32
     torch.testing.assert_close(W.norm(dim=1), torch.ones(7))
-    torch.testing.assert_close(Z, clip.encode_text(ENSEMBLE))
-    single = vpl(world, tmp_path, "--steps", "1", "--prompt", "single")["model"]["text"]
-    torch.testing.assert_close(single, clip.encode_text([f"a photo of a {name}." for name in NAMES]))
-
-
-def test_synonyms_and_backgrounds_of_clip_es(tmp_path, tiny_clip):
-    """Where the folder names no backgrounds; a class without a pixel is named."""
+    torch.testing.assert_close(Z, clip.encode_text(TEXTS))
     make_world(tmp_path, tiny_clip, labels={"b_1": [0], "b_2": [2]}, classes=["bird", "boat", "cow"])
-    done = call("vpl.py", *vpl_flags(tmp_path, tmp_path / "out", "--steps", "1"))
+    done = call(*line("vpl.py", tmp_path, tmp_path / "out", "--steps", "1"))
     assert "no pixel was assigned to boat: trained only as negatives" in done.stdout
     text = read(tmp_path / "out")["model"]["text"]
     want = [f"a clean origami {name}." for name in ("bird avian", "boat", "cow", "ground")]
-    torch.testing.assert_close(text[:4], clip_model.load_clip(tiny_clip).encode_text(want))
+    torch.testing.assert_close(text[:4], clip.encode_text(want))
     assert len(text) == 3 + 25
+    single = vpl(tmp_path, tmp_path / "single", "--steps", "1", "--prompt", "single")["model"]["text"]
+    torch.testing.assert_close(single[:1], clip.encode_text(["a photo of a bird."]))
 
 
 # ---------------------------------------------------------------- the same numbers, however it is run
 
-def test_batches_and_processes_do_not_matter(world, tmp_path):
+def test_two_processes_are_one(world, tmp_path):
     more = ["--max-pixels", "50"]
-    one = vpl(world, tmp_path / "one", *more)
-    run_together([("vpl.py", *vpl_flags(world, tmp_path / "two", *more))], tmp_path)
-    for other in (vpl(world, tmp_path / "five", "--batch-size", "5", *more), read(tmp_path / "two")):
-        W, V = one["model"]["prototypes"], other["model"]["prototypes"]
-        torch.testing.assert_close(W, V, rtol=0, atol=1e-5)
-        assert one["pixels"] == other["pixels"] and one["gap"] == pytest.approx(other["gap"], abs=1e-6)
+    run_together([line("vpl.py", world, tmp_path / "two", *more)], tmp_path)
+    one, two = vpl(world, tmp_path / "one", "--batch-size", "5", *more), read(tmp_path / "two")
+    W, V = one["model"]["prototypes"], two["model"]["prototypes"]
+    torch.testing.assert_close(W, V, rtol=0, atol=1e-5)
+    assert one["pixels"] == two["pixels"] and one["gap"] == pytest.approx(two["gap"], abs=1e-6)
     for row, other in zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True):
         assert row == pytest.approx(other, rel=1e-4)
 
 
-def strike_features(monkeypatch):
-    atomic = files.atomic
+@pytest.mark.parametrize("module,name,number,struck,code,words,kept", [
+    (files, "atomic", 5, KeyboardInterrupt, 130, "finished files are kept: run the same command", 3),
+    (checkpoints, "save", 2, KeyboardInterrupt, 130, "run the same command again", 5),
+    (losses, "prototype_step", 7, signal.SIGTERM, 143, "step 7 is saved in", 5)])
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
+        world, tmp_path, monkeypatch, module, name, number, struck, code, words, kept):
+    """While the fourth file of features is written (after recipe.json), before step 10 is saved, in step 7."""
+    function, calls = getattr(module, name), []
 
-    def killed(path):
-        if path.name == "a_2.npy":
-            raise KeyboardInterrupt
-        return atomic(path)
-    monkeypatch.setattr(files, "atomic", killed)
-    return 130, "finished files are kept: run the same command again", 3
+    def strike(*args, **content):
+        calls.append(1)
+        if len(calls) == number:
+            if struck is KeyboardInterrupt:
+                raise struck
+            os.kill(os.getpid(), struck)
+        return function(*args, **content)
 
-
-def strike_save(monkeypatch):
-    """As if killed in step 10, before its state is saved."""
-    save = checkpoints.save
-
-    def killed(path, **content):
-        if content["step"] == 10:
-            raise KeyboardInterrupt
-        save(path, **content)
-    monkeypatch.setattr(checkpoints, "save", killed)
-    return 130, "run the same command again", 5
-
-
-def strike_step(monkeypatch):
-    """SIGTERM in step 7, which is finished and saved."""
-    steps, step = [], losses.prototype_step
-
-    def struck(*args):
-        steps.append(1)
-        if len(steps) == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-    monkeypatch.setattr(losses, "prototype_step", struck)
-    return 143, "step 7 is saved in", 5
-
-
-@pytest.mark.parametrize("strike", [strike_features, strike_save, strike_step])
-def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, strike, monkeypatch):
     with monkeypatch.context() as patch:
-        code, words, kept = strike(patch)
-        done = call("vpl.py", *vpl_flags(world, tmp_path))
+        patch.setattr(module, name, strike)
+        done = call(*line("vpl.py", world, tmp_path))
     assert done.returncode == code and words in done.stderr and not (tmp_path / "prototypes.pt").exists()
     made = times(tmp_path)
     assert len(made) == kept
     resumed, uninterrupted = vpl(world, tmp_path), read(world / "out")
-    assert all(torch.equal(resumed["model"][name], value) for name, value in uninterrupted["model"].items())
+    assert torch.equal(resumed["model"]["prototypes"], uninterrupted["model"]["prototypes"])
     assert resumed["gap"] == uninterrupted["gap"] and log_of(tmp_path) == log_of(world / "out")
     assert times(tmp_path).items() >= made.items()            # read, not made again
 
@@ -291,76 +251,66 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, s
 def test_finished_is_skipped_another_recipe_refused_and_features_read_again(world, tmp_path):
     out = world / "out"
     before = (out / "prototypes.pt").stat().st_mtime_ns
-    assert "is finished" in call("vpl.py", *vpl_flags(world, out)).stdout
+    assert "is finished" in call(*line("vpl.py", world, out)).stdout
     assert (out / "prototypes.pt").stat().st_mtime_ns == before
-    refused(call("vpl.py", *vpl_flags(world, out, "--tau-i", "0.02")), "--tau-i 0.03 (now 0.02)", "--out")
+    refused(call(*line("vpl.py", world, out, "--tau-i", "0.02")), "--tau-i 0.03 (now 0.02)", "--out")
     vpl(world, tmp_path)
     made = times(tmp_path)
     for more in (["--tau-i", "0.02"], ["--target", "hard"], ["--no-label-mask"]):     # of the same pixels
         vpl(world, tmp_path, "--no-resume", "--steps", "5", *more)
         assert times(tmp_path) == made
     (tmp_path / "prototypes.pt").unlink()
-    done = call("vpl.py", *vpl_flags(world, tmp_path, "--features", "value"))
+    done = call(*line("vpl.py", world, tmp_path, "--features", "value"))
     refused(done, "features was made with --features patch (now value)")
     vpl(world, tmp_path, "--no-resume", "--features", "value")
     assert not times(tmp_path).items() & made.items()
 
 
-# ---------------------------------------------------------------- bad input
-
 def test_refused_in_one_line(world, tmp_path, tiny_clip):
-    for more in (["--tau-t", "0"], ["--tau-i", "-1"], ["--lr", "nan"], ["--phi", "1.5"], ["--box", "1"]):
-        done = call("vpl.py", *vpl_flags(world, tmp_path / "out", *more))
-        assert done.returncode == 2 and more[0] in done.stderr
-    done = call("vpl.py", *vpl_flags(world, tmp_path / "out", "--max-pixels", "4"))
-    refused(done, "less than one for each of 5 images")
-    done = call("vpl.py", *vpl_flags(world, tmp_path / "out", "--lr", "1e300", "--steps", "3"))
-    refused(done, "the prototypes are not of unit length: take a smaller --lr than 1e+300")
+    def refuses(words, *more, where=world, out=tmp_path / "out"):
+        refused(call(*line("vpl.py", where, out, *more)), words)
+
+    assert call(*line("vpl.py", world, tmp_path, "--tau-t", "0")).returncode == 2
+    refuses("less than one for each of 5 images", "--max-pixels", "4")
+    refuses("not of unit length: take a smaller --lr than 1e+300", "--lr", "1e300", "--steps", "3")
+    (tmp_path / "out/features/a_4.npy").write_bytes(b"\x93NUMPY")
+    refuses("a_4.npy is not a plain .npy array")
     state = torch.load(tiny_clip, weights_only=True)
     state["visual.ln_post.bias"][:] = 3e38                    # its sums are infinite
     torch.save(state, tmp_path / "large.pt")
-    done = call("vpl.py", *vpl_flags(world, tmp_path / "new", "--clip", tmp_path / "large.pt"))
-    refused(done, "features of a_1 are not finite")
-    (tmp_path / "out/features/a_4.npy").write_bytes(b"\x93NUMPY")
-    done = call("vpl.py", *vpl_flags(world, tmp_path / "out"))
-    refused(done, "a_4.npy is not a plain .npy array", "remove it")
+    refuses("features of a_1 are not finite", "--clip", tmp_path / "large.pt", out=tmp_path / "new")
     bare = make_world(tmp_path / "bare", tiny_clip, labels={"b_1": [], "b_2": []})
-    done = call("vpl.py", *vpl_flags(bare, tmp_path / "bare/out"))
-    refused(done, "no pixel of 2 images is marked as any class", "--phi 0.6")
+    refuses("no pixel of 2 images is marked as any class", where=bare, out=bare / "out")
     assert not list(tmp_path.rglob("prototypes*.pt"))
 
 
 # ---------------------------------------------------------------- maps by texts and by vision prototypes
 
-@pytest.mark.parametrize("source", ["text", "vision"])
-def test_maps_are_the_gradcam_of_each_image(world, source):
+@pytest.mark.parametrize("source,tau", [("text", 0.02), ("vision", 0.03)])
+def test_maps_are_the_gradcam_of_each_image(world, source, tau):
     """One image at a time, against batches of two; by W and tau_I where the source is vision."""
-    name, out = f"cam_{source}", world / "out"
+    out, name = world / "out", f"cam_{source}"
     more = ["--source", source, "--cam", name, "--batch-size", "2", "--sheets", "0"]
-    assert call("make_cam.py", *flags(world, out, *more)).returncode == 0
-    made = read(out)["model"]
-    columns, tau = (made["text"], 0.02) if source == "text" else (made["prototypes"], 0.03)
+    assert call(*line("make_cam.py", world, out, *more)).returncode == 0
+    columns = read(out)["model"]["text" if source == "text" else "prototypes"]
     for id, present in LABELS.items():
         maps, *_ = look(world, id, columns, tau)
-        size = folders.Folder(world / "data").image(id).shape[1:]
         stored = np.load(out / name / f"{id}.npy")
-        assert stored.shape == (len(present), *size)
+        assert len(stored) == len(present)
         for row, m in zip(stored, maps):
-            m = F.interpolate(m[None, None], size, mode="bilinear")[0, 0]
+            m = F.interpolate(m[None, None], row.shape, mode="bilinear")[0, 0]
             m = (m - m.min()) / (m.max() - m.min())
             assert np.abs(row - m.numpy()).max() < 2e-3
 
 
 def test_maps_refuse_what_does_not_fit(world, tmp_path, tiny_clip):
-    def cam(out, *more, where=world):
-        return call("make_cam.py", *flags(where, out, "--source", "vision", "--cam", "x", *more))
+    def refuses(words, out, *more, where=world):
+        refused(call(*line("make_cam.py", where, out, "--source", "vision", "--cam", "x", *more)), words)
 
-    refused(cam(tmp_path / "none"), "prototypes.pt is missing: run vpl.py")
+    refuses("prototypes.pt is missing: run vpl.py", tmp_path / "none")
     state = torch.load(tiny_clip, weights_only=True)
     torch.save({name: value + 0.01 for name, value in state.items()}, tmp_path / "other.pt")
-    done = cam(world / "out", "--clip", tmp_path / "other.pt")
-    refused(done, "was learned with another --clip")
+    refuses("was learned with another --clip", world / "out", "--clip", tmp_path / "other.pt")
     other = make_world(tmp_path / "d", tiny_clip)
     (other / "data/backgrounds.txt").write_text("fog\n")
-    refused(cam(world / "out", where=other), "was learned with other backgrounds")
-    assert cam(world / "out", "--source", "text", "--init", "x.pt").returncode == 2
+    refuses("was learned with other backgrounds", world / "out", where=other)

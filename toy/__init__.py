@@ -1,1 +1,1 @@
-"""The toy world: its drawings (drawings.py) and its small networks (networks.py)."""
+"""The toy world: its drawings (drawings.py), its CLIP (clip.py) and its small networks (networks.py)."""
