@@ -1,6 +1,6 @@
-"""Stage 0, where the paper starts: the mask generator S learns from image labels alone, as WeakTr trains it.
+"""Stage 0, where the papers start: the mask generator S learns from image labels alone, as WeakTr trains it.
 
-Paper   SemPLeS 4.2 takes WeakTr's generator as S
+Paper   WeakTr, a host of SemPLeS Table 4; SemPLeS does not say how its S starts
 Reads   images and image labels of --data, ImageNet weights
 Writes  <out>/cls.pt, <out>/cls.last.pt (to resume), <out>/cls.jsonl
 

@@ -1,10 +1,9 @@
 """Train a segmentation network on the pseudo masks, or on any folder of masks.
 
-Paper   SemPLeS Tables 2 and 3: DeepLab-v2 with ResNet-101, Segmenter with DeiT-S (WeakTr);
+Paper   SemPLeS Table 2: DeepLab-v2 with ResNet-101; Table 4: Segmenter with DeiT-S (WeakTr's network);
         VPL phase 2, Eq. 12-14 (--model clip_decoder)
 Reads   images of --data, masks <out>/pseudo/<id>.png (make_pseudo.py) or --label-dir/<id>.png, ImageNet
-weights;
-        clip_decoder: CLIP and <out>/prototypes.pt (vpl.py)
+        weights; clip_decoder: CLIP and <out>/prototypes.pt (vpl.py)
 Writes  <out>/seg.pt, <out>/seg.last.pt (to resume), <out>/seg.jsonl
 
 DeepLab sees a random crop at scales 1, .75 and .5; its loss is the sum of four mean cross-entropies, of the
@@ -20,8 +19,8 @@ of each class in an image with W. A pixel labelled 255 has no loss. True masks a
     python train_seg.py --data /data/VOC2012 --out runs/truth --label-dir /data/VOC2012/SegmentationClassAug
     python train_seg.py --data /data/VOC2012 --out runs/vpl --model clip_decoder
     python train_seg.py --data /data/VOC2012 --out runs/weaktr --model segmenter_deit_small
-    python train_seg.py --data data/toy --out runs/toy --split train --model deeplab_toy --train-batchnorm \\
-        --init data/toy/backbone.pt --crop 97 --batch-size 8 --iterations 240 --lr 1e-4
+    python train_seg.py --data /data/VOC2012 --out runs/coco_start --model deeplabv2_resnet101_caffe \\
+        --init deeplabv1_resnet101-coco.pth       # a start that has seen COCO's masks: another experiment
 """
 from pathlib import Path
 
@@ -134,8 +133,7 @@ def labels_on_grid(masks, size):
 
 
 def pixel_loss(logits, target, run, clamp_start=0):
-    """Mean cross-entropy, clamped or not, over all labelled pixels.   (B, 1 + C, h, w), (B, h, w) ->
-    scalar"""
+    """Mean cross-entropy, clamped or not, over labelled pixels.   (B, 1 + C, h, w), (B, h, w) -> scalar"""
     known = target != IGNORE
     ce = F.cross_entropy(logits.float(), target, ignore_index=IGNORE, reduction="none")
     if clamp_start:

@@ -146,26 +146,11 @@ def take_step(keeper, loss, **parts):
         keeper.after(loss=loss, **parts)
 
 
-def load_prompts(args, clip, classes):
-    """-> BackgroundPrompts: fresh ones in joint, in alternate those of train_prompt.py with this CLIP."""
-    if args.scheme == "joint":
-        return clip_model.BackgroundPrompts(clip, len(classes), args.prompt_length, args.prompt_init)
-    path = args.out / "prompts.pt"
-    content = checkpoints.load(path, "prompts", classes)
-    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
-    if learned != (args.inputs["clip"] or args.clip):
-        raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
-                         "again")
-    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
-    checkpoints.load_weights(prompts, content["model"], path)
-    return prompts
-
-
 def main():
     args = parse()
     run = processes.Run(args)
     joint = args.scheme == "joint"
-    start = args.init or args.out / ("cls.pt" if joint else "match.pt")
+    start = args.init or args.out / "cls.pt"
     learned = None if joint else args.out / "prompts.pt"
     keeper = checkpoints.Keeper(run, args, "refine.pt", start=start, clip=args.clip, prompts=learned)
     if keeper.finished:
@@ -175,7 +160,11 @@ def main():
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     args.pool = S.pool
     processes.seed_all(args.seed)                                             # the same prompts on all ranks
-    prompts = load_prompts(args, clip, folder.classes)
+    if joint:
+        prompts = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length,
+                                               args.prompt_init)
+    else:
+        prompts = networks.load_prompts(args, clip, folder.classes)
     processes.seed_all(args.seed + run.rank)
     u_f = clip.encode_text(texts.class_texts(folder.classes))                 # (C, D), once
 

@@ -30,7 +30,7 @@ import torch
 
 from hosts import clims
 from plumbing import checkpoints, files, flags, folders, guard, networks, processes, samples
-from wsss import clip_model, losses, texts
+from wsss import losses, texts
 
 
 def parse():
@@ -83,19 +83,6 @@ def load_start(path, run, classes):
     return S
 
 
-def load_prompts(args, clip, classes):
-    """-> u_b (C, D) of the prompts that train_prompt.py has learned with this CLIP."""
-    path = args.out / "prompts.pt"
-    content = checkpoints.load(path, "prompts", classes)
-    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
-    if learned != (args.inputs["clip"] or args.clip):
-        raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
-                         "again")
-    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
-    checkpoints.load_weights(prompts, content["model"], path)
-    return prompts().detach()
-
-
 def background_names(given, classes):
     if given == "clims":
         return texts.clims_backgrounds(classes)
@@ -122,7 +109,7 @@ def main():
     # (T, D)
     names = background_names(args.background_texts, folder.classes)
     u_t = clip.encode_text(texts.fill("a photo of {}.", names))                       # (T, D)
-    u_b = load_prompts(args, clip, folder.classes) if refines else None               # (C, D), fixed
+    u_b = networks.load_prompts(args, clip, folder.classes)().detach() if refines else None       # (C, D)
 
     ids = folder.ids(args.split, args.limit)
     augment = samples.train_transform(args.crop, args.min_scale)

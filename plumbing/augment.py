@@ -25,8 +25,7 @@ def either_sign(value):
 
 
 def move(image, matrix):
-    """An affine map of the coordinates, (a, b, c, d, e, f): pixel (x, y) comes from (ax + by + c, dx + ey +
-    f)."""
+    """An affine map (a, b, c, d, e, f) of the pixels: (x, y) comes from (ax + by + c, dx + ey + f)."""
     return image.transform(image.size, Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC,
                            fillcolor=FILL)
 

@@ -188,8 +188,7 @@ class Keeper:
     def steps(self, epoch_of=None):
         """Yields (images, targets) of every step that is left; images are on the device.
 
-        `epoch_of()` gives one epoch's batches instead of the loader; the last part of each is its image
-        numbers."""
+        `epoch_of()` gives an epoch's batches instead of the loader, each with its image numbers last."""
         batches = self.loader.batch_sampler
         with self.run.progress(None, self.stage, self.total, self.done) as bar:
             while self.done < self.total:

@@ -54,6 +54,19 @@ def open_clip_file(name):
                                 "or pass the path of the file") from None
 
 
+def load_prompts(args, clip, classes):
+    """<out>/prompts.pt (train_prompt.py), learned with this CLIP -> BackgroundPrompts"""
+    path = args.out / "prompts.pt"
+    content = checkpoints.load(path, "prompts", classes)
+    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
+    if learned != (args.inputs["clip"] or args.clip):
+        raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
+                         "again")
+    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
+    checkpoints.load_weights(prompts, content["model"], path)
+    return prompts
+
+
 def load_prototypes(path, folder, backgrounds, clip):
     """The content of prototypes.pt (vpl.py), learned for this folder's classes and backgrounds with this
     CLIP."""
@@ -200,12 +213,9 @@ def new_segmenter(name, num_classes, init="none", classes=None):
     elif init != "none":
         content = weights.read(init)
         state, notes = weights.state_of(content, init)
-<<<<<<< HEAD
         if name.endswith("_caffe") and model.mark not in state:
             state = weights.fit(init, weights.rename_deeplab, state)
-=======
         checkpoints.check_classes(init, content.get("classes") if "stage" in content else None, classes)
->>>>>>> main
         weights.fit(init, model.load_state_dict if model.mark in state else model.load_backbone, state)
         if "stage" not in content:
             weights.announce(init, f"{name}'s backbone, {len(state)} tensors", notes)

@@ -80,8 +80,7 @@ def backgrounds(classes):
 
 
 def prompt_texts(classes, backgrounds, prompt="ensemble"):
-    """CLIP-ES and VPL: per template the texts of the classes, then of the backgrounds; their features are
-    averaged."""
+    """CLIP-ES, VPL: per template the texts of classes, then backgrounds; their features are averaged."""
     templates, synonyms = PROMPTS[prompt]
     names = [SYNONYMS.get(name, name) for name in classes] if synonyms else list(classes)
     return [fill(template, names + list(backgrounds)) for template in templates]

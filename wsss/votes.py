@@ -25,14 +25,14 @@ def fma_votes(segments, maps, power):
         return painted
     maps = maps.clip(min=0)
     means = [maps[(slice(None), *s.where)][:, s.mask].mean(1, dtype=np.float64) for s in segments]
-    means = np.array(means)                                       # (S, P)
+    means = np.array(means)                                   # (S, P)
     low, high = means.min(0), means.max(0)
     # Differs from the paper: where all means are equal, as those of a single segment, the mean is the score.
     # The paper's division gives background there, or scales rounding to [0, 1].
     spread = np.broadcast_to(high - low >= 1e-6, means.shape)
     scores = np.divide(means - low, high - low, out=means.copy(), where=spread)
-    background = (1 - scores.max(1, keepdims=True)).clip(min=0) ** power  # (S, 1)
-    scores = np.concatenate([background, scores], 1)              # (S, 1 + P)
+    background = (1 - scores.max(1, keepdims=True)).clip(min=0) ** power              # (S, 1)
+    scores = np.concatenate([background, scores], 1)          # (S, 1 + P)
     order = [(s.level, best) for s, best in zip(segments, scores.max(1))]
     return paint(segments, scores.argmax(1), order, painted)
 
@@ -49,7 +49,7 @@ def sepl_votes(segments, mask, half=0.5, most=0.85):
     painted, free = np.zeros_like(mask), list(segments)
     for c in np.unique(mask[(mask > 0) & (mask != IGNORE)]):
         own = mask == c
-        inside = [own[s.where][s.mask].sum() for s in free]       # |s & c|
+        inside = [own[s.where][s.mask].sum() for s in free]   # |s & c|
         wins = [n > half * s.mask.sum() or n >= most * own.sum() for s, n in zip(free, inside)]
         outside = own.copy()
         for s, won in zip(free, wins):
@@ -66,8 +66,7 @@ def sepl_votes(segments, mask, half=0.5, most=0.85):
 def paint(segments, labels, order, canvas):
     """Writes labels[i] over the pixels of segments[i], in ascending order[i].
 
-    Where that is equal, larger segments come first, then place and label decide: never the position in the
-    list.
+    Where that is equal, larger segments come first, then place and label decide, never the list's order.
     """
     ties = [(-int(s.mask.sum()), s.box, int(label)) for s, label in zip(segments, labels)]
     for i in sorted(range(len(segments)), key=lambda i: (order[i], ties[i])):
