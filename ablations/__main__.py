@@ -3,5 +3,6 @@ import ast
 from pathlib import Path
 
 for path in sorted(Path(__file__).parent.glob("[a-z]*.py")):
-    first = ast.get_docstring(ast.parse(path.read_text())).split("\n\n")[0]
-    print(f"python -m ablations.{path.stem:12} {' '.join(first.split())}")
+    text = path.read_text()
+    if "\ndef main" in text:                                  # pairs.py is shared and runs nothing
+        print(f"python -m ablations.{path.stem:12} {ast.get_docstring(ast.parse(text)).splitlines()[0]}")

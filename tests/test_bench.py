@@ -1,9 +1,7 @@
 """The benchmarks: what is timed side by side computes the same, and the tables say what was measured."""
-import ast
 import copy
 import importlib
 import re
-import shlex
 import sys
 
 import pytest
@@ -18,10 +16,6 @@ from wsss import clip_model, generator, texts
 
 DEIT = generator.DeiT
 NAMES = sorted(path.stem for path in (ROOT / "bench").glob("[a-z]*.py") if "def main()" in path.read_text())
-
-
-def manual(name):
-    return ast.get_docstring(ast.parse((ROOT / "bench" / f"{name}.py").read_text()))
 
 
 # ---------------------------------------------------------------- equal work
@@ -178,16 +172,7 @@ def test_turns_and_ratios():
     assert tables.gflop(lambda: torch.rand(100, 200) @ torch.rand(200, 50)) == 2 * 100 * 200 * 50 / 1e9
 
 
-# ---------------------------------------------------------------- commands and the page
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_commands_of_a_manual_parse(name, monkeypatch):
-    lines = re.findall(rf"^ +python -m bench\.{name}\b(.*)", manual(name), re.M)
-    assert lines, "the manual shows how it is run"
-    for line in lines:
-        monkeypatch.setattr(sys, "argv", [name, *shlex.split(line, comments=True)])
-        assert importlib.import_module(f"bench.{name}").parse() is not None
-
+# ---------------------------------------------------------------- the page and the list
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_benchmark_has_its_place_on_the_page(name):

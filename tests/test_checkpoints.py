@@ -2,7 +2,6 @@
 import os
 import signal
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,33 +11,8 @@ from conftest import arguments, make_folder, rows, same, weights
 
 from plumbing import checkpoints, files, folders, guard, processes, samples
 from plumbing.processes import Run
-from tests.rigs import launch
 
 # ---------------------------------------------------------------- saving and loading
-
-
-def main():
-    """In a process of its own: saves one version after the other, until it is killed."""
-    for n in range(1, 10**6):
-        checkpoints.save(sys.argv[1], stage="x", model={"w": torch.full((100_000,), float(n))}, n=n)
-
-
-def test_a_checkpoint_is_whole_under_a_kill(tmp_path):
-    path = tmp_path / "x.pt"
-    process = launch.start([("test_checkpoints", path)], tmp_path / "output.txt")
-    while not path.exists():
-        time.sleep(0.01)
-    seen = set()
-    for wait in range(8):                                              # read while it is written again
-        time.sleep(0.01 * (wait + 1))
-        if wait == 7:
-            process.kill()
-            process.join()
-        content = torch.load(path, weights_only=True)
-        assert (content["model"]["w"] == content["n"]).all()
-        seen.add(content["n"])
-    assert len(seen) > 3
-
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="writes to /dev/full")
 @pytest.mark.parametrize("length", [10, 1_000_000])
@@ -131,7 +105,7 @@ def train(data, out, change=None, start=None, **more):
     return weights(out / "cls.pt")
 
 
-def told(out):
+def log_of(out):
     """The log without its clock."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out / "cls.jsonl")]
 
@@ -165,7 +139,7 @@ def test_resumed_is_uninterrupted_bit_for_bit(data, tmp_path, capsys, how, step)
     guard.run(lambda: train(data, tmp_path / "b", save_every=3))
     assert same(weights(tmp_path / "a/cls.pt"), weights(tmp_path / "b/cls.pt"))
     if how == "kill" or step == 6:                                     # else a line at step 5 is one more
-        assert told(tmp_path / "a") == told(tmp_path / "b")
+        assert log_of(tmp_path / "a") == log_of(tmp_path / "b")
 
 
 def test_another_recipe_is_refused_by_the_flag_that_differs(data, tmp_path):

@@ -60,15 +60,10 @@ def test_a_score_counted_by_hand(voc, tmp_path):
     assert found["protocol"] == {
         "what": "masks", "split": "one", "images": 1, "limit": 0, "data": "data", "oracle": False,
         "pred": str(tmp_path / "pred"), "mean_over": MEAN_OVER}
-
-
-def test_pseudo_masks_are_read_from_out(voc, tmp_path):
-    (tmp_path / "out/pseudo").mkdir(parents=True)
-    for id in LABELS:
-        masks.save_mask(tmp_path / "out/pseudo" / f"{id}.png", folders.Folder(voc).truth(id))
+    (tmp_path / "pred").rename(tmp_path / "out/pseudo")       # the same as pseudo masks
     (tmp_path / "out/pseudo.json").write_text('{"crf": "weaktr", "background": "power", "value": 1}')
-    found, _ = score(voc, tmp_path / "out", "pseudo")
-    assert found["miou"] == 1 and found["protocol"]["made_by"]["crf"] == "weaktr"
+    again, _ = score(voc, tmp_path / "out", "pseudo", "--split", "one")
+    assert again["iou"] == found["iou"] and again["protocol"]["made_by"]["crf"] == "weaktr"
 
 
 def test_bad_masks_are_one_line(voc, tmp_path):
@@ -82,11 +77,9 @@ def test_bad_masks_are_one_line(voc, tmp_path):
     refused(call(*line), "a_1.png is 30x40, the truth 40x30: a mask has its image's size")
     masks.save_mask(pred / "a_1.png", np.full((30, 40), 90))
     refused(call(*line), "a_1.png holds label 90", "90-id COCO")
-    for id in LABELS:
-        shape = folders.Folder(voc).truth(id).shape
-        masks.save_mask(voc / "SegmentationClass" / f"{id}.png", np.full(shape, 255))
-        masks.save_mask(pred / f"{id}.png", np.zeros(shape))
-    refused(call(*line), "no scored pixel in split train: its true masks are all 255")
+    masks.save_mask(pred / "a_1.png", np.zeros((30, 40)))
+    masks.save_mask(voc / "SegmentationClass/a_1.png", np.full((30, 40), 255))
+    refused(call(*line, "--limit", "1"), "no scored pixel in split train: its true masks are all 255")
     assert not list((tmp_path / "out").glob("eval*"))
     for what, more in (("cam", ["--threshold", "43"]), ("masks", []), ("pseudo", ["--oracle"])):
         assert call(*flags(voc, tmp_path, what, *more)).returncode == 2
@@ -143,18 +136,13 @@ def test_oracle_is_one_pass_and_stamped(mapped):
 
 def test_bad_maps_are_one_line(mapped):
     voc, out = mapped
-    line = flags(voc, out, "cam")
-    for content, word in (("{", "cam.json is not JSON"),
-                          ('{"classes": ["boat", "train", "cow"]}', "trained on other classes")):
-        (out / "cam.json").write_text(content)
-        refused(call(*line), word)
+    (out / "cam.json").write_text('{"classes": ["boat", "train", "cow"]}')
+    refused(call(*flags(voc, out, "cam")), "cam.json was trained on other classes")
     (out / "cam.json").unlink()
-    save_cam(out / "cam/a_2.npy", np.zeros((1, 3, 3)))
-    refused(call(*line), "a_2.npy has 1 maps", "2 classes")
     (out / "cam/a_2.npy").unlink()
-    refused(call(*line), "a_2.npy is missing: run make_cam.py")
+    refused(call(*flags(voc, out, "cam")), "a_2.npy is missing: run make_cam.py")
     (voc / "SegmentationClass/a_1.png").unlink()
-    refused(call(*line), "a_1.png is missing: scoring needs true masks, training does not")
+    refused(call(*flags(voc, out, "cam")), "a_1.png is missing: scoring needs true masks, training does not")
     assert not list(out.glob("eval*"))
 
 
@@ -216,24 +204,25 @@ def test_network_is_scored_on_its_mean_probability(voc, tmp_path):
 
 def test_network_with_crf_in_a_pool_too(voc, tmp_path):
     folder, out = folders.Folder(voc), tmp_path / "out"
-    model, want = put_network(out), {}
-    for id in LABELS:
-        image = np.array(images.load_image(folder.image_path(id)))
-        with torch.no_grad():
-            want[id] = crf.dense_crf(image, model(folder.image(id)[None]).softmax(1)[0], "deeplab").argmax(0)
+    model = put_network(out)
+
+    def predict(id):
+        image, shape = np.array(images.load_image(folder.image_path(id))), folder.truth(id).shape
+        p = mean_probability(model, folder.image(id), [shape])
+        return crf.dense_crf(image, p, "deeplab").argmax(0)
+
     for workers in ("0", "1"):
-        found, _ = score(voc, out, "seg", "--scales", "1", "--no-flip", "--workers", workers)
-        assert list(found["iou"].values()) == pytest.approx(loop(folder, want.get))
+        found, _ = score(voc, out, "seg", "--scales", "1", "--workers", workers)
+        assert list(found["iou"].values()) == pytest.approx(loop(folder, predict))
     assert found["protocol"]["crf"] == "deeplab" and not (out / "pred").exists()
 
 
 def test_networks_that_do_not_fit_are_one_line(voc, tmp_path):
-    out = tmp_path / "out"
-    line = flags(voc, out, "seg", "--no-crf", "--scales", "1")
+    line = flags(voc, tmp_path, "seg", "--no-crf", "--scales", "1")
     refused(call(*line), "seg.pt is missing: run train_seg.py")
-    put_network(out)
+    put_network(tmp_path)
     masks.save_mask(voc / "SegmentationClass/a_2.png", folders.Folder(voc).truth("a_2").T)
     refused(call(*line), "a_2.png is 40x34, the truth 34x40")
-    put_network(out, ["cow", "boat", "train"])
+    put_network(tmp_path, ["cow", "boat", "train"])
     refused(call(*line), "seg.pt was trained on other classes")
-    assert not list(out.glob("eval*"))
+    assert not list(tmp_path.glob("eval*"))

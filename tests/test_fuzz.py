@@ -1,4 +1,5 @@
 """Broken and hostile foreign files: the short form of tests/rigs/fuzz.py, and that it can find something."""
+import json
 import os
 
 import pytest
@@ -20,7 +21,7 @@ def test_foreign_files_are_read_or_refused_in_one_line(name):
 
 @pytest.mark.parametrize("read,kind", [
     (lambda path: True, "accepted"), (lambda path: False, "wrong"), (lambda path: {}["x"], "wrong"),
-    (lambda path: files.regular(path, 1), "refused"), (lambda path: int("a_1"), "wrong"),
+    (lambda path: files.regular(path, 1), "refused"), (lambda path: json.loads(path.name), "wrong"),
     (lambda path: os.mkdir("bombed") or True, "wrong")])
 def test_the_verdict_is_what_it_should_be(read, kind):
     assert fuzz.verdict("mask", b"12", read)[0] == kind

@@ -24,18 +24,17 @@ SIZES = {"one": (1, 1), "wide": (3, 200), "tall": (200, 3), "flat": (30, 30), "n
 
 
 def make_odd(root):
-    """Images of one pixel, of three rows, of three columns, of one colour, without a class. Masks: one pixel,
-    all background, all of the class, all ignored, an object and some of it ignored."""
+    """Images of one pixel, of three rows, of three columns, of one colour, without a class. Masks: an object
+    and some pixels ignored, all background, all of the class, all ignored."""
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
     rng = np.random.default_rng(0)
-    for id, (h, w) in SIZES.items():
-        image = rng.integers(0, 256, (h, w, 3), dtype=np.uint8)
-        Image.fromarray(np.full_like(image, 90) if id == "flat" else image).save(root / f"JPEGImages/{id}.png")
-        mask = np.full((h, w), {"all": 1, "flat": 255}.get(id, 0), np.uint8)
+    for id, size in SIZES.items():
+        image = rng.integers(90, 91 if id == "flat" else 256, (*size, 3), np.uint8)
+        Image.fromarray(image).save(root / f"JPEGImages/{id}.png")
+        mask = np.full(size, {"none": 0, "all": 1, "flat": 255}.get(id, 1), np.uint8)
         if id not in ("none", "all", "flat"):
-            mask[h // 4:h // 2 + 1, w // 4:w // 2 + 1] = 1
-            mask[h // 2 + 1:h // 2 + 3] = 255
+            mask[size[0] // 2 + 1:] = 255
         masks.save_mask(root / f"SegmentationClass/{id}.png", mask)
     (root / "classes.txt").write_text("dog")
     (root / "labels.txt").write_text("\n".join(id if id == "none" else f"{id} dog" for id in SIZES))
@@ -43,14 +42,14 @@ def make_odd(root):
 
 
 def words(script, world, out, *more):
-    trunk = ROOT / "weights/toy_backbone.pt"
-    clip = ["--clip", world / "clip.pt"]
+    trunk, clip = ROOT / "weights/toy_backbone.pt", ["--clip", world / "clip.pt"]
+    truth = ["--label-dir", world / "data/SegmentationClass"]
     own = {
-        "train_cls.py": [*SMALL, "--generator", "cnn_toy", "--backbone", trunk, "--lr", "1e-3", "--warmup", "1"],
+        "train_cls.py": [*SMALL, "--generator", "cnn_toy", "--backbone", trunk, "--lr", "1e-3"],
         "train_match.py": [*SMALL, *clip, "--lr", "1e-3"], "train_prompt.py": [*SMALL, *clip, "--lr", "0.01"],
         "train_refine.py": [*SMALL, *clip, "--lr", "1e-3"],
-        "train_seg.py": ["--model", "deeplab_toy", "--init", trunk, "--crop", "33", "--iterations", "4",
-                         "--batch-size", "2", "--log-every", "1", "--label-dir", world / "data/SegmentationClass"],
+        "train_seg.py": ["--model", "deeplab_toy", "--init", trunk, "--crop", "33", "--batch-size", "2",
+                         "--log-every", "1", "--iterations", "4", *truth],
         "vpl.py": [*clip, "--tau-t", "0.02", "--steps", "3"]}
     return ["--data", world / "data", "--out", out, *SHARED, *own.get(script, []), *more]
 
@@ -118,7 +117,7 @@ def test_half_precision_stays_near_float32(odd, tmp_path, script):
         assert done.returncode == 0, done.stderr
     for amp, bounds in precision.BOUNDS.items():
         found = precision.compare(made["off"], made[amp], stage, weights(odd / f"out/{stage}.pt"))
-        assert 0 < found["loss"] and all(found[name] <= bound for name, bound in bounds.items()), (amp, found)
+        assert 0 < found["loss"] and all(found[name] <= most for name, most in bounds.items()), (amp, found)
         assert found["skipped"] == (0 if amp == "fp16" else None)
 
 
@@ -129,7 +128,7 @@ def test_another_process_with_other_workers_makes_the_same_bits(odd, tmp_path):
     for script, *more in later:
         assert call(script, *words(script, odd, here, *more)).returncode == 0
     jobs = [[script, *words(script, odd, there, "--deterministic", "--workers", "1")] for script in TRAINERS]
-    jobs += [[script, *words(script, odd, there, *more, "--workers", "1")] for script, *more in later]
+    jobs += [[script, *words(script, odd, there, *more)] for script, *more in later]
     run_together(jobs, tmp_path, processes=1)
     for name in TRAINERS.values():
         assert same(weights(odd / f"out/{name}.pt"), weights(there / f"{name}.pt")), name
@@ -171,8 +170,9 @@ def test_nothing_stays_from_step_to_step(tmp_path, tiny_clip, monkeypatch):
 
     monkeypatch.setattr(checkpoints.Keeper, "save_state", save_and_look)
     long = ["--epochs", "12", "--save-every", "2"]
-    for script, *more in (("train_cls.py",), ("train_match.py", *long), ("train_prompt.py", *long, "--views", "2"),
-                          ("train_seg.py", "--iterations", "24", "--save-every", "2")):
+    jobs = [["train_cls.py"], ["train_match.py", *long], ["train_prompt.py", *long, "--views", "2"],
+            ["train_seg.py", "--iterations", "24", "--save-every", "2"]]
+    for script, *more in jobs:
         count.clear()
         seen.clear()
         done = call(script, *words(script, tmp_path, tmp_path / "out", *more))

@@ -74,21 +74,3 @@ def test_what_goes_on_and_what_is_refused(world):
     Image.new("L", (9, 9)).save(segments / "a_4.png")
     refused(make(world, *more, "--pseudo", "new"), "a_4.png holds no segments of its image", "9x9")
     assert make(world, *more, "--crf", "--ignore-below", ".5").returncode == 2
-
-
-def test_others_segments_that_were_replaced_are_noticed(world):
-    foreign, folder = world[1] / "foreign", folders.Folder(world[0])
-    for id in LABELS:
-        (foreign / id).mkdir(parents=True)
-        h, w = folder.image(id).shape[1:]
-        for n in (0, 1):
-            stripes = (np.arange(w) // 20 % 2 == n)[None].repeat(h, 0)
-            Image.fromarray(stripes).save(foreign / id / f"{n}.png")
-    before, note = made(world, "--segments", foreign)
-    assert note["segments"]["source"] is None
-    moved = foreign.rename(world[1] / "moved")
-    made(world, "--segments", moved)                          # the same files elsewhere
-    Image.new("1", (40, 30)).save(moved / "a_5/1.png")        # a segment less
-    refused(make(world, "--segments", moved), "made from another segments", "--no-resume")
-    after, _ = made(world, "--segments", moved, "--no-resume")
-    assert np.array_equal(after["a_1"], before["a_1"]) and not np.array_equal(after["a_5"], before["a_5"])

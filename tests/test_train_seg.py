@@ -3,16 +3,15 @@ interrupted against uninterrupted, two processes against one. (Mask2Former: test
 import os
 import shutil
 import signal
-import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES, ROOT, arguments, call, make_folder, refused, rows, run_together, same, weights
+from torchvision import tv_tensors
 
-import train_seg
-from plumbing import checkpoints, files, folders, log, masks, networks, processes, samples
+from plumbing import checkpoints, folders, log, masks, networks, processes, samples
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
 SHARED = ["--split", "train", "--device", "cpu", "--amp", "off", "--workers", "0", "--log-every", "1"]
@@ -180,6 +179,25 @@ def test_the_decoders_step_is_equations_12_to_14(world, tmp_path, weight):
     assert not any("conv1" in name for name in content["model"])          # CLIP is not stored
 
 
+def test_crops_move_image_and_mask_together():
+    """By random scale, place and flip; outside the image there is the mean colour, and no label."""
+    values = torch.zeros(40, 60, dtype=torch.uint8)
+    values[:, 20:40] = 1
+    values[:, 40:] = 2
+    image, areas, flips = tv_tensors.Image(100 * values.expand(3, -1, -1)), [], set()
+    for seed in range(40):
+        torch.manual_seed(seed)
+        x, mask = samples.segmentation_transform(50, 0.5, 1.5)(image, tv_tensors.Mask(values))
+        assert x.shape == (3, 50, 50) and x.dtype == torch.float32 and mask.shape == (50, 50)
+        inside = mask != 255
+        assert ((x[0] * 255 - 100 * mask)[inside].abs() < 60).float().mean() > 0.94       # but blurred edges
+        assert ((x[:, ~inside] * 255).round() == torch.tensor([124, 116, 104])[:, None]).all()
+        areas.append(inside.sum().item())
+        seen = mask[inside.any(1)][0]
+        flips.add((seen[inside.any(0)][0] > seen[inside.any(0)][-1]).item())
+    assert min(areas) < 900 < 2000 < max(areas) and flips == {True, False}     # 20 x 30 at scale .5
+
+
 # ---------------------------------------------------------------- what trains, and at which rate
 
 def test_rates_fall_to_zero_and_frozen_batchnorm_stays(world, tmp_path):
@@ -199,30 +217,14 @@ def test_rates_fall_to_zero_and_frozen_batchnorm_stays(world, tmp_path):
         assert torch.load(out / "seg.pt", weights_only=True)["args"]["train_batchnorm"] is True
 
 
-RECIPES = {  # start, batch, steps, optimizer, rate, decay, crop, scales: from the papers, not from the code
-    "deeplabv2_resnet101": ("imagenet", 10, 20_000, "sgd", 2.5e-4, 5e-4, 321, 0.5, 1.5),
-    "segmenter_deit_small": ("imagenet", 4, 10_582 // 4 * 100, "sgd", 1e-4, 0, 480, 0.5, 2),
-    "clip_decoder": ("none", 6, 30_000, "sgd", 0.01, 1e-4, 320, 0.5, 1.5),
-}
-
-
-@pytest.mark.parametrize("model", RECIPES)
-def test_a_network_without_flags_has_its_papers_recipe(model, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["train_seg.py", "--data", "data", "--out", "out", "--model", model])
-    args = train_seg.parse()
-    names = "init batch_size iterations optimizer lr weight_decay crop min_scale max_scale".split()
-    assert RECIPES[model] == tuple(getattr(args, name) for name in names)
-    assert args.clamp_start == 1.2 and args.lambda_rsc == 1
-
-
-def test_half_precision_is_close(world, tmp_path):
-    for model in NETWORKS:
-        out = finish(world, tmp_path / model, "--amp", "bf16", model=model)
-        found, plain = rows(out / "seg.jsonl")[0], rows(world / model / "seg.jsonl")[0]
-        assert found["loss"] == pytest.approx(plain["loss"], rel=0.03) and found["loss"] != plain["loss"]
-
-
 # ---------------------------------------------------------------- resumed, finished, shared out, scored
+
+def broken(world, root):
+    """A copy of the masks to be changed."""
+    shutil.copytree(world / "masks", root / "masks")
+    (root / "data").symlink_to(world / "data")
+    return root / "masks"
+
 
 @pytest.mark.parametrize("model", NETWORKS)
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, model, monkeypatch):
@@ -244,17 +246,12 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, m
     assert logs[0] == logs[1]
 
 
-def test_finished_is_skipped_and_another_recipe_refused(world, tmp_path):
+def test_another_recipe_and_other_inputs_are_refused(world, tmp_path):
     out = world / "deeplab_toy"
-    before = (out / "seg.pt").stat().st_mtime_ns
-    assert "is finished" in call(*flags(world, out)).stdout and (out / "seg.pt").stat().st_mtime_ns == before
+    assert "is finished" in call(*flags(world, out)).stdout
     refused(call(*flags(world, out, "--lr", "1e-3")), "--lr 0.0001 (now 0.001)")
     torch.save({"model": torch.load(TRUNK, weights_only=True)["model"]}, tmp_path / "other.pt")
     refused(call(*flags(world, out, "--init", tmp_path / "other.pt")), "made from another init file")
-    content = torch.load(out / "seg.pt", weights_only=True)
-    assert content["stage"] == "seg" and content["classes"] == CLASSES
-    want = {"init": files.fingerprint(TRUNK), "masks": files.fingerprint(world / "masks")}
-    assert content["args"]["inputs"] == want
 
 
 def test_two_processes_are_one(world, tmp_path):
@@ -268,13 +265,6 @@ def test_two_processes_are_one(world, tmp_path):
 
 
 # ---------------------------------------------------------------- masks, and bad input
-
-def broken(world, root):
-    """A copy of the masks to be changed."""
-    shutil.copytree(world / "masks", root / "masks")
-    (root / "data").symlink_to(world / "data")
-    return root / "masks"
-
 
 def test_masks_come_from_pseudo_unless_a_folder_is_given(world, tmp_path):
     line = [word for word in flags(world, tmp_path) if word not in ("--label-dir", world / "masks")]
@@ -296,13 +286,6 @@ def test_pixels_without_a_label_have_no_loss(world, tmp_path, model):
     assert same(weights(one / "seg.pt"), weights(four / "seg.pt"))
 
 
-def test_masks_need_no_image_labels(tmp_path):
-    root = make_folder(tmp_path / "data")
-    (root / "labels.txt").unlink()
-    (root / "SegmentationClass").rename(tmp_path / "masks")
-    finish(tmp_path, tmp_path / "out", "--iterations", "1")
-
-
 def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
     def refuses(words, *more, where=tmp_path, model="deeplab_toy"):
         refused(call(*flags(where, tmp_path / "out", *more, model=model)), words)
@@ -319,10 +302,8 @@ def test_bad_input_is_one_line(world, tmp_path, monkeypatch):
     refuses("deeplab_toy has no ImageNet weights", "--init", "imagenet", where=world)
     refuses("prototypes.pt is missing: run vpl.py", where=world, model="clip_decoder")
     assert not list((tmp_path / "out").glob("*.pt"))
-    for more, words in ((["--min-scale", "2"], "--min-scale is at most --max-scale"), (["--crop", "0"], "--crop"),
-                        (["--model", "segmenter_toy", "--train-batchnorm"], "--train-batchnorm is DeepLab's")):
-        done = call(*flags(world, tmp_path, *more))
-        assert done.returncode == 2 and words in done.stderr
+    assert call(*flags(world, tmp_path, "--min-scale", "2")).returncode == 2
+    assert call(*flags(world, tmp_path, "--train-batchnorm", model="segmenter_toy")).returncode == 2
     trained = world / "deeplab_toy/seg.pt"                    # a whole network of the same classes is a start
     finish(world, tmp_path / "same", "--init", trained, "--iterations", "1")
     other = make_folder(tmp_path / "other/data", classes=["boat", "train", "cow"])

@@ -170,9 +170,9 @@ def test_the_scripts_own_steps_are_the_papers_equations(world, tmp_path, more, a
     for row, step in zip(log_of(tmp_path), (1, 5, 10, 15, 20), strict=True):
         assert row["step"] == step and row["lr"] == rates[step - 1]
         assert row["loss"] == pytest.approx(loss[step - 1], rel=1e-4)
-    gap = {name: (x.mean(0) - M[:learned].mean(0)).norm().item() for name, M in zip(("before", "after"), (Z, W))}
-    assert made["gap"] == pytest.approx(gap, abs=1e-4)
-    assert log_of(tmp_path)[0]["gap"] == pytest.approx(gap["before"], abs=1e-5)
+    before, after = ((x.mean(0) - M[:learned].mean(0)).norm().item() for M in (Z, W))
+    assert made["gap"] == pytest.approx({"before": before, "after": after}, abs=1e-4)
+    assert log_of(tmp_path)[0]["gap"] == pytest.approx(before, abs=1e-5)
     kinds = [k for _, marked in features(tmp_path).values() for k in marked]
     assert made["pixels"] == [kinds.count(k) for k in range(4)]
     assert (kinds.count(3) == 0) == ("background" in more)
@@ -187,7 +187,7 @@ def test_texts_are_the_optimum_at_their_own_temperature(world, tmp_path):
 
 
 def test_prototypes_say_what_they_are(world, tmp_path, tiny_clip):
-    """Synonyms and backgrounds are CLIP-ES's where the folder names none; a class without a pixel is named."""
+    """Synonyms and backgrounds are CLIP-ES's where the folder names none; no pixel is a boat's."""
     made, clip = read(world / "out"), clip_model.load_clip(tiny_clip)
     W, Z = made["model"]["prototypes"], made["model"]["text"]
     assert (made["stage"], made["classes"], made["backgrounds"]) == ("prototypes", CLASSES, GROUNDS)
@@ -196,14 +196,13 @@ def test_prototypes_say_what_they_are(world, tmp_path, tiny_clip):
     torch.testing.assert_close(W.norm(dim=1), torch.ones(7))
     torch.testing.assert_close(Z, clip.encode_text(TEXTS))
     make_world(tmp_path, tiny_clip, labels={"b_1": [0], "b_2": [2]}, classes=["bird", "boat", "cow"])
-    done = call(*line("vpl.py", tmp_path, tmp_path / "out", "--steps", "1"))
-    assert "no pixel was assigned to boat: trained only as negatives" in done.stdout
-    text = read(tmp_path / "out")["model"]["text"]
-    want = [f"a clean origami {name}." for name in ("bird avian", "boat", "cow", "ground")]
-    torch.testing.assert_close(text[:4], clip.encode_text(want))
-    assert len(text) == 3 + 25
-    single = vpl(tmp_path, tmp_path / "single", "--steps", "1", "--prompt", "single")["model"]["text"]
-    torch.testing.assert_close(single[:1], clip.encode_text(["a photo of a bird."]))
+    for prompt, want in (("ensemble", "a clean origami bird avian."), ("single", "a photo of a bird.")):
+        more = ["--steps", "1", "--prompt", prompt]
+        done = call(*line("vpl.py", tmp_path, tmp_path / prompt, *more))
+        assert "no pixel was assigned to boat: trained only as negatives" in done.stdout
+        Z = read(tmp_path / prompt)["model"]["text"]
+        torch.testing.assert_close(Z[:1], clip.encode_text([want]))
+        assert len(Z) == 3 + 25
 
 
 # ---------------------------------------------------------------- the same numbers, however it is run
@@ -225,7 +224,7 @@ def test_two_processes_are_one(world, tmp_path):
     (losses, "prototype_step", 7, signal.SIGTERM, 143, "step 7 is saved in", 5)])
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
         world, tmp_path, monkeypatch, module, name, number, struck, code, words, kept):
-    """While the fourth file of features is written (after recipe.json), before step 10 is saved, in step 7."""
+    """While the fourth file of features is written, before step 10 is saved, and in step 7."""
     function, calls = getattr(module, name), []
 
     def strike(*args, **content):
@@ -249,13 +248,10 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
 
 
 def test_finished_is_skipped_another_recipe_refused_and_features_read_again(world, tmp_path):
-    out = world / "out"
-    before = (out / "prototypes.pt").stat().st_mtime_ns
-    assert "is finished" in call(*line("vpl.py", world, out)).stdout
-    assert (out / "prototypes.pt").stat().st_mtime_ns == before
-    refused(call(*line("vpl.py", world, out, "--tau-i", "0.02")), "--tau-i 0.03 (now 0.02)", "--out")
     vpl(world, tmp_path)
     made = times(tmp_path)
+    assert "is finished" in call(*line("vpl.py", world, tmp_path)).stdout
+    refused(call(*line("vpl.py", world, tmp_path, "--tau-i", "0.02")), "--tau-i 0.03 (now 0.02)", "--out")
     for more in (["--tau-i", "0.02"], ["--target", "hard"], ["--no-label-mask"]):     # of the same pixels
         vpl(world, tmp_path, "--no-resume", "--steps", "5", *more)
         assert times(tmp_path) == made

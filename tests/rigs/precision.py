@@ -1,16 +1,15 @@
-"""bf16 and fp16 beside float32: the losses of the first steps of SemPLeS (a), (b), (c), and the weights after
-them.
+"""bf16 and fp16 beside float32: losses of the first steps of SemPLeS (a), (b), (c), and weights after them.
 
 The stages themselves on the toy world, with the recipe of run_toy.sh, from the same start, on the same crops.
 Two starts: the toy generator, and a small DeiT with attention fusion, as WeakTr's, whose blocks are all in
 half precision. By stage and precision:
 
     loss      largest and mean relative difference of a step's loss to float32's in the same step
-    weights   |w - w_float32| over |w_float32 - start|: how far apart, as a share of the way float32 went
+    way       |w - w_float32| over |w_float32 - start|: how far apart, as a share of the way float32 went
+    weights   |w - w_float32| over |w_float32|
     skipped   fp16 steps that were left out, since a gradient overflowed at the scale of the loss
 
-    python -m tests.rigs.precision                           # 50 steps of 8 images
-    python -m tests.rigs.precision --device cuda
+    python -m tests.rigs.precision --device cuda             # 50 steps of 8 images
 """
 import argparse
 import json
@@ -40,8 +39,8 @@ def weights(path):
 
 
 def losses(path):
-    rows = [json.loads(line) for line in path.read_text().splitlines()[1:]]
-    return torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+    lines = path.read_text().splitlines()[1:]
+    return torch.tensor([json.loads(line)["loss"] for line in lines], dtype=torch.float64)
 
 
 def apart(a, b):
@@ -49,14 +48,15 @@ def apart(a, b):
 
 
 def compare(plain, half, name, start):
-    """One row: `half` against `plain`, the folders of two runs of a stage from the weights `start`."""
+    """A row: `half` against `plain`, the folders of two runs of a stage from the weights `start`."""
     one, other = losses(plain / f"{name}.jsonl"), losses(half / f"{name}.jsonl")
     a, b = weights(plain / f"{name}.pt"), weights(half / f"{name}.pt")
     loss = (other - one).abs() / one.abs()
     last = torch.load(half / f"{name}.last.pt", map_location="cpu", weights_only=True)
-    skipped = math.log2(2 ** 10 / last["scaler"]["scale"]) if last["scaler"] else None
-    return {"loss": loss.max().item(), "mean": loss.mean().item(), "weights": apart(b, a) / apart(start, a),
-            "skipped": skipped}
+    zero = {key: 0 * value for key, value in a.items()}
+    return {"loss": loss.max().item(), "mean": loss.mean().item(), "way": apart(b, a) / apart(start, a),
+            "weights": apart(b, a) / apart(zero, a),
+            "skipped": math.log2(2 ** 10 / last["scaler"]["scale"]) if last["scaler"] else None}
 
 
 def sharpened():
@@ -70,12 +70,10 @@ def sharpened():
 
 def first_prompts(out, world):
     """The prompts as train_prompt.py draws them before the first step."""
-    content = torch.load(out / "prompts.pt", map_location="cpu", weights_only=True)
-    processes.seed_all(content["args"]["seed"])
+    shape = weights(out / "prompts.pt")["vectors"].shape
     clip = clip_model.clip_from_state(torch.load(world / "clip.pt", weights_only=True))
-    length = content["args"]["prompt_length"]
-    prompts = clip_model.BackgroundPrompts(clip, len(content["classes"]), length)
-    return {"vectors": prompts.vectors.detach().double()}
+    processes.seed_all(0)
+    return {"vectors": clip_model.BackgroundPrompts(clip, *shape[:2]).vectors.detach().double()}
 
 
 def measure(root, args):
@@ -119,10 +117,10 @@ def main():
     p.add_argument("--device", default="cpu")
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(Path(folder), p.parse_args())
-    print("| generator | stage | precision | loss, largest | loss, mean | weights | fp16 steps skipped |")
-    print("|---|---|---|---|---|---|---|")
+    print("| generator | stage | precision | loss, largest | loss, mean | weights, of the way | "
+          "of themselves | fp16 steps skipped |\n" + "|---" * 8 + "|")
     for key, row in rows.items():
-        values = [f"{row[name]:.1e}" for name in ("loss", "mean", "weights")]
+        values = [f"{row[name]:.1e}" for name in ("loss", "mean", "way", "weights")]
         values.append("" if row["skipped"] is None else f"{row['skipped']:.0f}")
         print(f"| {' | '.join([*key, *values])} |")
     sys.exit(any(row[name] > bound for key, row in rows.items() for name, bound in BOUNDS[key[2]].items()))
