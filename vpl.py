@@ -15,8 +15,7 @@ Writes  <out>/prototypes.pt, <out>/prototypes.last.pt (to resume), <out>/prototy
    projected gradient descent.
 
 The gap is the distance between the mean of x and the mean of the prototypes, of Z before and of W after.
-Maps by W are those of the texts with W for Z and tau_I for tau_T (make_cam.py --source vision). A larger tau
-alone changes the texts' maps too: compare at the same one.
+Maps by W are those of the texts with W for Z and tau_I for tau_T: make_cam.py --source vision.
 
     python vpl.py --data /data/VOC2012 --out runs/voc
     torchrun --nproc_per_node 4 vpl.py --data /data/COCO --out runs/coco --split train --box 0.7

@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")        # as processes.Run does on a CPU
 
-from plumbing import flags, guard, masks  # noqa: E402
+from plumbing import flags, guard, log, masks  # noqa: E402
 from tests.rigs import launch  # noqa: E402
 
 CLASSES = ["train", "boat", "cow"]
@@ -178,6 +178,21 @@ def arguments(out, *more, **values):
     flags.training(p)
     given = ["--data", "nowhere", "--out", str(out), "--device", "cpu", "--amp", "off", *more]
     return argparse.Namespace(**{**vars(p.parse_args(given)), **values})
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Ctrl-C in the third step of the training that follows. -> a list that grows by one a step"""
+    steps, add = [], log.Meter.add
+
+    def strike(*args, **values):
+        add(*args, **values)
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(log.Meter, "add", strike)
+    return steps
 
 
 # ---------------------------------------------------------------- looking at results

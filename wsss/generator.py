@@ -234,7 +234,11 @@ def load_generator(path, pool="max"):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if "stage" in content:
         pool = content["args"].get("pool") or pool
-    return deit_from_state(content.get("model", content), pool).eval()
+    try:
+        return deit_from_state(content.get("model", content), pool).eval()
+    except KeyError as error:
+        raise ValueError(f"{path} is no DeiT of WeakTr's kind, it has no {error.args[0]}; "
+                         "the stages read more kinds of generators: plumbing/networks.py") from None
 
 
 def parameters_to_train(S, train_backbone=False):
