@@ -83,6 +83,14 @@ def tiny_clip(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def leave_nothing_behind():
+    """No signal and no lock of one test is there in the next."""
+    yield
+    guard.STOP.signal, guard.STOP.later = 0, False
+    guard.release()
+
+
 # ---------------------------------------------------------------- running scripts
 
 def run(script, *flags, processes=1, check=True, timeout=120, env=None, **kwargs):

@@ -73,8 +73,7 @@ def test_weights_load_strictly(tmp_path):
 
 @pytest.fixture
 def data(tmp_path):
-    yield make_folder(tmp_path / "data")                               # five images: an epoch is two steps
-    guard.release()
+    return make_folder(tmp_path / "data")                              # five images: an epoch is two steps
 
 
 def train(data, out, change=None, start=None, **more):

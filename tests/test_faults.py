@@ -47,12 +47,12 @@ def test_killed_stages_end_as_undisturbed_ones(tmp_path):
     """The short form of tests/rigs/faults.py: twice SIGKILL, SIGTERM and Ctrl-C at random moments."""
     toy, check, cls, *rest = faults.stages(tmp_path)
     cam = next(line for line in rest if line[0] == "make_cam.py")
-    found = faults.attack([toy, [*cls, "--epochs", "8"], cam], tmp_path, 6, ["train_cls.py", "make_cam.py"])
+    found = faults.attack([toy, [*cls, "--epochs", "10"], cam], tmp_path, 6, ["train_cls.py", "make_cam.py"])
     assert [row["script"] for row in found] == ["make_toy.py", "train_cls.py", "make_cam.py"]
     assert all(sum(row[name] for row in found) == 2 for name in faults.SIGNALS)
     assert not [(row["script"], name) for row in found for name in faults.COUNTS if row[name]]
     steps = [row["step"] for row in rows(tmp_path / "killed/out/cls.jsonl")]
-    assert steps == list(range(1, 49))
+    assert steps == list(range(1, 61))
 
 
 def main():

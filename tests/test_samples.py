@@ -1,4 +1,6 @@
 """Training samples: noise from the image and the epoch alone, crops of large JPEGs, shares of a batch."""
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -6,126 +8,163 @@ from PIL import Image
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-import train_seg
 from plumbing import folders, images, masks
 from plumbing import samples as sampling
 from plumbing.processes import Run
 
 
-class One:
-    rank, world = 0, 1
-    shard = Run.shard
+class Rank:
+    """As much of a run as batches need."""
+    shard, device = Run.shard, torch.device("cpu")
+
+    def __init__(self, rank=0, world=1):
+        self.rank, self.world = rank, world
 
 
-class Two(One):
-    world = 2
+# ---------------------------------------------------------------- one sample
 
-    def __init__(self, rank):
-        self.rank = rank
-
-
-def test_noise_depends_on_picture_and_epoch_alone(voc):
+def test_noise_depends_on_image_and_epoch_alone(voc):
     folder = folders.Folder(voc)
-    ids = folder.ids("train")
-    samples = sampling.Samples(folder, ids, sampling.train_transform(16, randaugment=True), seed=3)
+    augment = sampling.train_transform(16, randaugment=True)
+    samples = sampling.Samples(folder, folder.ids("train"), augment, seed=3)
     image, labels, number = samples[0, 1]
-    assert image.shape == (3, 16, 16) and image.dtype == torch.float32 and 0 <= image.min() and image.max() <= 1
-    assert type(image) is torch.Tensor and labels.tolist() == [0, 1, 1] and number == 1
+    assert type(image) is torch.Tensor and image.shape == (3, 16, 16) and image.dtype == torch.float32
+    assert 0 <= image.min() and image.max() <= 1 and labels.tolist() == [0, 1, 1] and number == 1
     before = torch.get_rng_state()
     torch.rand(3)
     again, *_ = samples[0, 1]
     assert torch.equal(image, again) and not torch.equal(image, samples[1, 1][0])
     torch.set_rng_state(before)
     samples[0, 2]
-    assert torch.equal(before, torch.get_rng_state())                          # the caller's noise is untouched
+    assert torch.equal(before, torch.get_rng_state())                  # the caller's noise is untouched
 
 
-def test_picture_and_mask_move_together(voc):
-    """A picture that shows its own mask: after any crop and flip the two still agree."""
+def test_image_and_mask_move_together(voc):
+    """An image that shows its own mask: after any scale, crop and flip the two still agree."""
     folder = folders.Folder(voc)
     for id in folder.ids("train"):
-        mask = folder.truth(id)
-        Image.fromarray(np.repeat((mask > 0)[..., None] * np.uint8(255), 3, 2)).save(voc / "JPEGImages" / f"{id}.png")
+        shown = np.repeat((folder.truth(id) > 0)[..., None] * np.uint8(255), 3, 2)
+        Image.fromarray(shown).save(voc / "JPEGImages" / f"{id}.png")
         (voc / "JPEGImages" / f"{id}.jpg").unlink()
-    samples = sampling.Samples(folder, folder.ids("train"), train_seg.transform(60, 2, 3), masks=folder.mask_path)
+    augment = sampling.segmentation_transform(60, 2, 3)
+    samples = sampling.Samples(folder, folder.ids("train"), augment, masks=folder.mask_path)
     image, mask, _ = samples[0, 1]
     assert mask.dtype == torch.int64 and set(mask.unique().tolist()) <= {0, 2, 3, 255}
     assert .2 < (mask > 0).float().mean() < .8
-    assert ((image[0] > .5) == (mask > 0)).float().mean() > .95                 # bilinear against nearest at the border
+    assert ((image[0] > .5) == (mask > 0)).float().mean() > .95        # but at edges
     masks.save_mask(voc / "SegmentationClass/a_2.png", np.zeros((5, 5)))
-    with pytest.raises(ValueError, match="a_2.png is 5x5, its picture 40x34"):
+    with pytest.raises(ValueError, match="a_2.png is 5x5, its image 40x34"):
         samples[0, 1]
 
 
-def plainly(path, key, size, scale=(0.08, 1.0), randaugment=False, erase=0.0, seed=0):
-    """A training sample as torchvision's own transforms make it of the whole decoded picture."""
+def plain_sample(path, key, size, min_scale=0.08, randaugment=False, erase=0.0):
+    """A training sample as torchvision's own transforms make it of the whole decoded image."""
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
-    steps = [v2.RandomResizedCrop(size, scale=scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True), v2.RandomHorizontalFlip()]
-    steps += [v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=v2.InterpolationMode.BILINEAR)] if randaugment else []
-    steps += [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)]
-    if erase:                                                                  # noise about 0 where the picture is normalised
-        steps += [v2.Normalize(mean.tolist(), std.tolist()), v2.RandomErasing(erase, value="random"), v2.Normalize((-mean / std).tolist(), (1 / std).tolist())]
+    bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
+    steps = [v2.RandomResizedCrop(size, scale=(min_scale, 1), interpolation=bicubic, antialias=True),
+             v2.RandomHorizontalFlip()]
+    if randaugment:
+        steps.append(v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=bilinear))
+    steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
+    if erase:                                                          # noise about 0 in a normalised image
+        steps += [v2.Normalize(mean.tolist(), std.tolist()), v2.RandomErasing(erase, value="random"),
+                  v2.Normalize((-mean / std).tolist(), (1 / std).tolist())]
     with torch.random.fork_rng():
-        torch.manual_seed(hash((seed, *key)) & 0x7FFFFFFFFFFFFFFF)
+        torch.manual_seed(hash((0, *key)) & 0x7FFFFFFFFFFFFFFF)
         image = v2.Compose(steps)(tv_tensors.Image(np.array(images.load_image(path)).transpose(2, 0, 1)))
     return image.as_subclass(torch.Tensor).clamp(0, 1)
 
 
-def smooth(path, width, height, **options):
-    """A large picture of three waves, as a photograph is smooth at the scale of its pixels."""
+def save_smooth(path, width, height, **options):
+    """A large image of three waves, as a photograph is smooth at the scale of its pixels."""
     y, x = np.mgrid[:height, :width] / max(width, height)
     waves = np.stack([np.sin(9 * x + 5 * y), np.sin(14 * y), np.cos(11 * x - 7 * y)], -1)
     Image.fromarray(np.uint8(127.5 + 127 * waves)).save(path, **options)
 
 
-@pytest.mark.parametrize("options", [{}, dict(scale=(0.5, 0.6)), dict(randaugment=True), dict(randaugment=True, erase=0.5)], ids=str)
+@pytest.mark.parametrize("options", [
+    {}, {"min_scale": 0.9}, {"randaugment": True}, {"randaugment": True, "erase": 0.5}], ids=str)
 def test_samples_are_those_of_the_plain_form(voc, options):
-    """Bit for bit wherever nothing is reduced; erasing skips a way there and back, so the last bit may differ."""
-    rng = np.random.default_rng(1)
-    Image.fromarray(rng.integers(0, 256, (96, 96, 3), dtype=np.uint8)).save(voc / "JPEGImages/a_1.jpg")
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(rng.integers(0, 256, (60, 110, 3), dtype=np.uint8)).save(voc / "JPEGImages/a_2.jpg", exif=exif)     # shown 60 wide
-    (voc / "JPEGImages/a_3.jpg").unlink()
-    Image.fromarray(rng.integers(0, 256, (190, 380, 4), dtype=np.uint8)).save(voc / "JPEGImages/a_3.png")               # large, but no JPEG
-    smooth(voc / "JPEGImages/a_4.jpg", 91, 400)
+    """Bit for bit where nothing is reduced. Erasing spares a way to normalised values and back."""
+    rng, place, exif = np.random.default_rng(1), voc / "JPEGImages", Image.Exif()
+    exif[0x0112] = 6                                                   # turned: shown 60 wide
+    for name, shape, more in (("a_1.jpg", (96, 96, 3), {}), ("a_2.jpg", (60, 110, 3), {"exif": exif}),
+                              ("a_3.png", (190, 380, 4), {})):         # large, but no JPEG
+        (place / name).with_suffix(".jpg").unlink()
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(place / name, **more)
+    save_smooth(place / "a_4.jpg", 91, 400)
     folder = folders.Folder(voc)
     samples = sampling.Samples(folder, folder.ids("train"), sampling.train_transform(48, **options))
+    tolerance = 1e-6 if "erase" in options else 0
     for epoch in range(3):
         for i, id in enumerate(samples.ids):
-            mine, plain = samples[epoch, i][0], plainly(folder.image_path(id), (epoch, i), 48, **options)
-            assert torch.equal(mine, plain) if not options.get("erase") else torch.allclose(mine, plain, rtol=0, atol=1e-6), (epoch, id)
+            plain = plain_sample(folder.image_path(id), (epoch, i), 48, **options)
+            assert (samples[epoch, i][0] - plain).abs().max() <= tolerance, (epoch, id)
 
 
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_a_large_jpeg_is_decoded_only_as_far_as_its_crop_needs(voc, monkeypatch, orientation):
-    """A sixteenth of the pixels, a sixty-fourth, or all; close to the crop of the whole picture, in place to half a pixel of the sample."""
+    """A sixteenth of the pixels, a sixty-fourth, or all; close to the crop of the whole image, in place to
+    half a pixel of the sample."""
     exif = Image.Exif()
     exif[0x0112] = orientation
-    smooth(voc / "JPEGImages/a_1.jpg", 803, 605, quality=95, exif=exif)
-    folder, decoded, decode = folders.Folder(voc), [], images.decode
-    monkeypatch.setattr(images, "decode", lambda *args: decoded.append(decode(*args)) or decoded[-1])
-    for size, scale, by in ((100, (0.6, 0.8), 4), (50, (0.6, 0.8), 8), (100, (0.05, 0.06), 1)):
-        samples = sampling.Samples(folder, ["a_1"], sampling.train_transform(size, scale))
+    save_smooth(voc / "JPEGImages/a_1.jpg", 803, 605, quality=95, exif=exif)
+    folder, decoded = folders.Folder(voc), []
+
+    def decode(*args):
+        decoded.append(images.decode(*args))
+        return decoded[-1]
+
+    monkeypatch.setattr(sampling, "decode", decode)
+    for size, by in ((100, 4), (50, 8), (400, 1)):
+        samples = sampling.Samples(folder, ["a_1"], sampling.train_transform(size, 0.9))
         for epoch in range(3):
-            mine = samples[epoch, 0][0]
+            found = samples[epoch, 0][0]
             assert decoded[-1].size == (-(-803 // by), -(-605 // by))[::1 if orientation == 1 else -1]
-            plain = plainly(folder.image_path("a_1"), (epoch, 0), size, scale)
-            assert (mine - plain).abs().mean() < 0.02 < 0.05 < (mine - plain.flip(-1)).abs().mean()
+            plain = plain_sample(folder.image_path("a_1"), (epoch, 0), size, 0.9)
+            assert (found - plain).abs().mean() < 0.02 < 0.05 < (found - plain.flip(-1)).abs().mean()
 
 
-def test_batches_are_shared_out_the_same_for_any_process_count():
-    one = sampling.Batches(11, 4, One(), seed=5)
-    ranks = [sampling.Batches(11, 4, Two(r), seed=5) for r in (0, 1)]
+def test_the_seeds_of_samples_are_those_of_every_cpython():
+    """hash() of whole numbers: were it another, the same --seed would give other crops and another order."""
+    assert [hash(key) & 0x7FFFFFFFFFFFFFFF for key in ((0, 0), (0, 1, 2), (7, 59, 10581))] == [
+        765232833172254823, 2187946392326065592, 1527410775293990675]
+
+
+# ---------------------------------------------------------------- batches
+
+def test_batches_are_shared_out_the_same_for_any_number_of_processes():
+    one = sampling.Batches(11, 4, Rank(), seed=5)
+    ranks = [sampling.Batches(11, 4, Rank(n, 2), seed=5) for n in (0, 1)]
     for batches in (one, *ranks):
         batches.start(epoch=2)
-    whole = list(one)
-    assert len(one) == len(whole) == 2 and all(epoch == 2 for batch in whole for epoch, _ in batch)
-    assert len({i for batch in whole for _, i in batch}) == 8
-    for batch, a, b in zip(whole, *ranks):
+    all_of = list(one)
+    assert len(one) == len(all_of) == 2 and all(epoch == 2 for batch in all_of for epoch, _ in batch)
+    assert len({i for batch in all_of for _, i in batch}) == 8
+    for batch, a, b in zip(all_of, *ranks):
         assert a == batch[::2] and b == batch[1::2]
     one.start(epoch=2, skip=1)
-    assert list(one) == whole[1:]                                              # resumed inside an epoch
+    assert list(one) == all_of[1:]                                     # resumed inside an epoch
     one.start(epoch=3)
-    assert list(one) != whole
-    assert len(sampling.Batches(3, 64, One())) == 1 and len(list(sampling.Batches(3, 64, One()))[0]) == 3
+    assert list(one) != all_of
+    small = sampling.Batches(3, 64, Rank())
+    assert len(small) == 1 and len(list(small)[0]) == 3
+
+
+def test_an_empty_share_is_an_empty_batch_or_an_image_without_a_label(voc):
+    folder = folders.Folder(voc)
+    plain = sampling.Samples(folder, ["a_1"], sampling.train_transform(8))
+    images_, labels, numbers = plain.collate([])
+    assert (images_.shape, labels.shape, len(numbers)) == ((0, 3, 8, 8), (0, 3), 0)
+    augment = sampling.segmentation_transform(8, 1, 1)
+    images_, target, numbers = sampling.Samples(folder, ["a_1"], augment, masks=folder.mask_path).collate([])
+    assert images_.shape == (1, 3, 8, 8) and (target == masks.IGNORE).all() and len(numbers) == 0
+
+
+def test_all_images_once_in_batches_of_one_size(voc):
+    folder = folders.Folder(voc)                                       # 30 and 34 rows in turn
+    loader = sampling.by_size(folder, folder.ids("train"), 2, SimpleNamespace(device=torch.device("cpu")))
+    found = [(numbers, batch) for numbers, batch in loader]
+    assert [numbers for numbers, _ in found] == [[0, 2], [4], [1, 3]]
+    for numbers, batch in found:
+        assert all(torch.equal(image, folder.image(f"a_{n + 1}")) for n, image in zip(numbers, batch))

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from conftest import CLASSES, ROOT, arguments, call, make_folder, refused, rows, run_together, same, weights
 from torchvision import tv_tensors
 
+import train_seg
 from plumbing import checkpoints, folders, log, masks, networks, processes, samples
 
 TRUNK = ROOT / "weights/toy_backbone.pt"
@@ -96,6 +97,12 @@ def close_step(model, out, rates):
 
 
 ONE_STEP = ["--iterations", "1", "--lr", "1", "--weight-decay", "0"]
+
+
+def test_labels_lie_under_their_logits():
+    masks = torch.arange(33 * 17).view(1, 33, 17)
+    want = [[masks[0, round(i * 32 / 6), round(j * 16 / 3)].item() for j in range(4)] for i in range(7)]
+    assert train_seg.labels_on_grid(masks, (7, 4)).tolist() == [want]
 
 
 def test_deeplabs_step_sums_the_losses_of_three_scales_and_their_maximum(world, tmp_path):

@@ -221,10 +221,10 @@ def test_two_processes_are_one(world, tmp_path):
 @pytest.mark.parametrize("module,name,number,struck,code,words,kept", [
     (files, "atomic", 5, KeyboardInterrupt, 130, "finished files are kept: run the same command", 3),
     (checkpoints, "save", 2, KeyboardInterrupt, 130, "run the same command again", 5),
-    (losses, "prototype_step", 7, signal.SIGTERM, 143, "step 7 is saved in", 5)])
+    (losses, "prototype_step", 8, signal.SIGTERM, 143, "step 8 is saved in", 5)])
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
         world, tmp_path, monkeypatch, module, name, number, struck, code, words, kept):
-    """While the fourth file of features is written, before step 10 is saved, and in step 7."""
+    """While the fourth file of features is written, before step 10 is saved, in step 8 (9 halves lr)."""
     function, calls = getattr(module, name), []
 
     def strike(*args, **content):

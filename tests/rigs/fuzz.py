@@ -74,7 +74,7 @@ def some_maps():
 
 def fma():
     runs = {"size": list(SIZE), "counts": [50, 142]}
-    return pickle.dumps([{"segmentation": np.eye(*SIZE) > 0, "level": 1}, {"segmentation": runs}])
+    return pickle.dumps([{"segmentation": np.eye(*SIZE) > 0, "level": 1}, {"segmentation": runs}], 2)
 
 
 def published_generator():
@@ -170,7 +170,7 @@ class Call:
 
 def hostile(valid):
     """Contents that are wrong for every reader."""
-    yield from (pickle.dumps(Call()), packed({"model": Call()}), npy({"a_1": Call()}), b"", b"\0" * 100)
+    yield from (pickle.dumps(Call(), 2), packed({"model": Call()}), npy({"a_1": Call()}), b"", b"\0" * 100)
     yield from ("caf\u00e9\n".encode("utf-16"), b"../x\n", valid[:len(valid) // 2], valid + valid)
 
 

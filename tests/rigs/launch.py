@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [path for path in [str(ROOT)] if path not in sys.path]
 CONTEXT = multiprocessing.get_context("forkserver")
 IMPORTED = ["torch", "torchvision.transforms.v2", "plumbing.networks", "plumbing.samples", "toy.networks"]
 
@@ -21,7 +20,7 @@ def live(jobs, output, environment, folder):
     """The life of a process: scripts (script, *flags), one after the other. Its output goes to a file."""
     os.setsid()                                               # as on a terminal: Ctrl-C is for all it starts
     multiprocessing.set_start_method(None, force=True)        # of loaders: this python's default, not ours
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    ignore_signals()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})          # the server blocks it
     os.environ.update(environment, OMP_NUM_THREADS="1")
     file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
@@ -42,6 +41,13 @@ def live(jobs, output, environment, folder):
 def announce_and_run(main):
     print(f"== {os.environ.get('WORLD_SIZE', 1)} processes: {shlex.join(sys.argv)}", flush=True)
     main()
+    ignore_signals()
+
+
+def ignore_signals():
+    """Before and after a main function, where python would answer with a traceback."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: None)                # SIG_IGN would be inherited and kept
 
 
 def start(jobs, output, environment=(), folder=ROOT):
