@@ -32,8 +32,8 @@ def parse():
     g.add_argument("--images", type=Path, help="folder of your own images: no --data, no truth")
     g.add_argument("--max-side", type=flags.natural, default=640,
                    help="--images: larger images are predicted at this longer side; 0: as they are")
-    g.add_argument("--voc-test", action="store_true", help="predict VOC's test split and write the server's "
-                                                           "archive")
+    g.add_argument("--voc-test", action="store_true",
+                   help="predict VOC's test split and write the server's archive")
     g.add_argument("--scales", type=flags.above_zero, nargs="+", default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75],
                    help="sizes of the image to average probabilities over")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,

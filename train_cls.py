@@ -31,8 +31,8 @@ def parse():
                                   "training")
     g.add_argument("--pool", choices=["max", "avg"], help="pooling of attention fusion (max: VOC, avg: "
                    "COCO); left out: what the file of --init says, else max")
-    g.add_argument("--reduction", type=flags.positive, default=8, help="squeeze of attention fusion (COCO: "
-                                                                       "4)")
+    g.add_argument("--reduction", type=flags.positive, default=8,
+                   help="squeeze of attention fusion (COCO: 4)")
     g.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True,
                    help="train all of S; --no-train-backbone: its last layers")
     g.add_argument("--epochs", type=flags.positive, default=60)

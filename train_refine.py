@@ -27,8 +27,8 @@ from wsss import clip_model, generator, losses, texts
 def parse():
     p = flags.parser(__doc__, batch_size=64)
     g = p.add_argument_group("SemPLeS (c)")
-    g.add_argument("--lambda-b", type=flags.number, default=2.4, help="weight of the background term of "
-                                                                      "L_match")
+    g.add_argument("--lambda-b", type=flags.number, default=2.4,
+                   help="weight of the background term of L_match")
     g.add_argument("--lambda-refine", type=flags.number, default=0.05,
                    help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
     g.add_argument("--prompts", choices=["learned", "random"], default="learned",

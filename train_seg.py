@@ -79,10 +79,10 @@ def parse():
     g.add_argument("--clamp-start", type=flags.number, default=1.2,
                    help="Segmenter: large losses are clamped once their mean is below this; 0: never")
     g = p.add_argument_group("VPL phase 2 (clip_decoder)")
-    g.add_argument("--clip", default="ViT-B/16", help="the frozen CLIP, that of vpl.py: OpenAI name, or a "
-                                                      "file")
-    g.add_argument("--lambda-rsc", type=flags.number, default=1.0, help="weight of L_RSC (Eq. 14); 0: "
-                                                                        "without")
+    g.add_argument("--clip", default="ViT-B/16",
+                   help="the frozen CLIP, that of vpl.py: OpenAI name, or a file")
+    g.add_argument("--lambda-rsc", type=flags.number, default=1.0,
+                   help="weight of L_RSC (Eq. 14); 0: without")
     g.add_argument("--logits", choices=["raw", "cosine"], default="raw",
                    help="W^T V, as Eq. 12-14 write it, or cos(V, W) / tau_I")
     g.add_argument("--width", type=flags.positive, default=256, help="channels, a multiple of its 8 heads")

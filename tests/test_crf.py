@@ -69,7 +69,7 @@ def test_torch_equals_pydensecrf(preset):
         # One lattice: only rounding differs, 1e-7 on most images, 2e-5 on the worst of 480, and no label.
         assert np.abs(ours - theirs).mean() < 1e-4
         assert (ours.argmax(0) != theirs.argmax(0)).mean() <= 0.001
-        np.testing.assert_allclose(crf.dense_crf(image, 7 * scores, preset), theirs, atol=1e-4)       # any scale
+        np.testing.assert_allclose(crf.dense_crf(image, 7 * scores, preset), theirs, atol=1e-4)   # any scale
         if torch.cuda.is_available():
             gpu = crf.dense_crf(image, scores.cuda(), preset, backend="torch", device="cuda")
             assert np.abs(gpu - ours).mean() < 1e-4

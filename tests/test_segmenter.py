@@ -106,6 +106,9 @@ def test_batchnorm_is_frozen_or_trains(frozen):
 def test_segmenter_is_the_cosine_of_patches_and_classes_normalised_over_the_classes():
     model, images, seen = make_segmenter(), torch.rand(2, 3, 13, 24), []      # padded with the mean colour
     model.balance.weight.data, model.balance.bias.data = torch.rand(4), torch.rand(4)
+    rest, encoder = model.groups(1)
+    assert (rest["lr"], encoder["lr"], len(encoder["params"])) == (1, 0.1, len([*model.encoder.parameters()]))
+    assert len({*rest["params"], *encoder["params"]}) == len([*model.parameters()])
     model.norm.register_forward_hook(lambda module, x, y: seen.append(y))
     with torch.no_grad():
         found, whole = model(images), MEAN.expand(2, 3, 16, 24).clone()
