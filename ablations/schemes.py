@@ -1,13 +1,13 @@
 """The other learning schemes of SemPLeS (arXiv, Table 6): joint training, alternate rounds of (b) and (c).
 
 Paper   SemPLeS 3.2, Eq. 1 to 3; Table 6 of the arXiv version
-Reads   images and image labels of --data, CLIP; joint: <out>/cls.pt (train_cls.py);
-        alternate: <out>/match.pt (train_match.py), <out>/prompts.pt (train_prompt.py); or --init for S
+Reads   images and image labels of --data, CLIP, <out>/cls.pt (train_cls.py) or --init for S;
+        alternate: <out>/prompts.pt (train_prompt.py)
 Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl, as train_refine.py does
 
 joint        S and fresh prompts train at once, by L_match + lambda L_refine + L_prompt, for --epochs epochs.
              The prompts are detached in L_refine, S is detached in L_prompt.
-alternate    (c) from (a); then (b) with the new S and (c) with the new prompts, until there are --rounds
+alternate    (c) as train_refine.py; then (b) with the new S and (c) with the new prompts, until there are --rounds
              rounds of (c). Each has --epochs epochs. One round is train_refine.py.
 
     python -m ablations.schemes --data data/toy --out runs/joint --scheme joint --init runs/toy/cls.pt

@@ -100,7 +100,7 @@ def test_sepl_is_its_rule_and_knows_no_order(share):
     masks, rng = blobs(25)[:-1], np.random.default_rng(3)
     mask = np.kron(rng.integers(0, 4, (4, 5)), np.ones((7, 7), int))[:H, :W].astype(np.uint8)
     mask[rng.random(mask.shape) > share] = 0                      # thin classes, which a segment can cover
-    mask[0, :5] = 255
+    mask[0, :5], mask[10, 10:17], masks[0], masks[0, 8:12, 8:16] = 255, 5, False, True        # 6 of 7 pixels
     want = naive_sepl(masks, mask)
     assert (want != mask).any() and set(np.unique(want)) >= {0, 255}
     for order in [range(24), *(rng.permutation(24) for _ in range(4))]:
