@@ -32,6 +32,7 @@ case "$NET" in
     *) refuse "NET=$NET: deeplab, deeplab_coco, segmenter or mask2former" ;;
 esac
 [ "$METHOD" = semples ] || [ "$HOST" = weaktr ] || refuse "HOST=$HOST goes with METHOD=semples"
+[ "$NET" != deeplab_coco ] || [ -n "${DEEPLAB:-}" ] || refuse "NET=deeplab_coco: no DEEPLAB given"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 name=coco_$METHOD

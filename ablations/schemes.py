@@ -7,8 +7,8 @@ Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl, a
 
 joint        S and fresh prompts train at once, by L_match + lambda L_refine + L_prompt, for --epochs epochs.
              The prompts are detached in L_refine, S is detached in L_prompt.
-alternate    (c) as train_refine.py; then (b) with the new S and (c) with the new prompts, until there are --rounds
-             rounds of (c). Each has --epochs epochs. One round is train_refine.py.
+alternate    (c) as train_refine.py; then (b) with the new S and (c) with the new prompts, until there are
+             --rounds rounds of (c). Each has --epochs epochs. One round is train_refine.py.
 
     python -m ablations.schemes --data data/toy --out runs/joint --scheme joint --init runs/toy/cls.pt
     python -m ablations.schemes --data /data/VOC2012 --out runs/voc --scheme alternate --rounds 2
