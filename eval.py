@@ -1,19 +1,20 @@
 """Scores maps, masks or a network against the true masks of a split.
 
-Paper   mIoU of SemPLeS Tables 1-6 and VPL Tables 1-7
-Reads   --data (true masks)   <out>/cam/*.npy (--what cam)   <out>/pseudo/*.png (--what pseudo)
-        --pred DIR/*.png (--what masks)   <out>/seg.pt and images (--what seg)
+Paper   mIoU of SemPLeS Tables 1-5 (arXiv v2: 1-6) and VPL Tables 1-7
+Reads   --data (true masks), and
+        --what cam      <out>/cam/<id>.npy
+        --what pseudo   <out>/pseudo/<id>.png
+        --what masks    <id>.png in --pred
+        --what seg      <out>/seg.pt and the images
 Writes  <out>/eval_<what>_<split>.json (of maps and pseudo masks eval_<folder>_<split>.json): miou, iou by
-class,
-        pixel_accuracy, protocol
+        class, pixel_accuracy, protocol
         <out>/pred/<split>/<id>.png: palette predictions, with --what seg --save
 
 mIoU comes from one confusion matrix over all pixels of the split, background counted, 255 in the truth left
 out, 255 in a prediction a miss; it is the mean over the classes that occur in the truth or the prediction,
-the others are listed. Every score carries its protocol. The threshold is fixed beforehand; --oracle tries
-all of them against the truth, in one pass, and says so in the protocol: such a number uses pixel labels and
-is not a weakly-supervised result. predict.py predicts your own photographs, or VOC's test split for its
-server.
+the others are listed. Every score carries its protocol. The threshold is fixed beforehand; --oracle tries all
+of them against the truth, in one pass, and says so in the protocol: such a number uses pixel labels and is
+not a weakly-supervised result. predict.py predicts photographs, or VOC's test split for its server.
 
     python eval.py --data data/toy --out runs/toy --split train --what cam --threshold 0.43
     python eval.py --data /data/VOC2012 --out runs/voc --split val --what seg --save
@@ -34,7 +35,7 @@ from wsss import crf, metrics
 # Of a network's predictions, what does not change them.
 FREE = ("split", "limit", "batch_size", "seed", "what", "save", "clip", "pred", "cam", "pseudo", "background",
         "threshold", "alpha", "oracle")
-ORACLE = torch.arange(1, 100).double() / 100                                    # thresholds tried by --oracle
+ORACLE = torch.arange(1, 100).double() / 100                  # thresholds tried by --oracle
 
 
 def parse():
@@ -72,11 +73,9 @@ def parse():
 
 
 # ---------------------------------------------------------------- maps, masks, a network -> confusion
-# matrices
 
 def find_foreground(cam, classes, size):
-    """Maps (P, h, w) -> at the truth's size: the label 1..C a pixel takes if it is foreground, and its
-    score."""
+    """Maps (P, h, w) -> at the truth's size, a pixel's label 1..C if it is foreground, and its score"""
     maps = resize_maps(cam, size)                                                     # (P, H, W)
     if len(classes) == 0:
         return torch.zeros(size, dtype=torch.long), torch.zeros(size)
@@ -85,8 +84,7 @@ def find_foreground(cam, classes, size):
 
 
 def cut(args):
-    """The map value above which a pixel is foreground: t, or the root of m = (1 - m)^alpha: both are
-    monotone."""
+    """The map value above which a pixel is foreground: t, or the root of m = (1 - m)^alpha"""
     if args.background == "constant":
         return args.threshold
     low, high = 0.0, 1.0
@@ -153,7 +151,7 @@ def score_network(args, folder, ids, run):
     mine = run.shard(ids)
     done = {id for id in mine if args.save and (where / f"{id}.png").exists()}
     model = networks.load_segmenter(args.out / "seg.pt", run, args.clip)
-    pool = args.workers if args.crf and run.device.type == "cpu" else 0            # a GPU does the CRF itself
+    pool = args.workers if args.crf and run.device.type == "cpu" else 0  # a GPU does the CRF itself
     todo = [id for id in mine if id not in done]
     predicted = networks.predict(model, folder, todo, run, args, 0 if pool else args.workers)
     made = processes.pooled(finish, ((*each, args, where, run.device) for each in predicted), pool, where)

@@ -1,20 +1,17 @@
-"""Localisation maps of the present classes: from a mask generator S, or from CLIP's GradCAM by texts or
-prototypes.
+"""Localisation maps of the present classes: from a mask generator S, or from CLIP by texts or prototypes.
 
 Paper   SemPLeS 4.3: the refined masks M' are taken as CAMs (--source refine); CLIP-ES (--source text);
         VPL Eq. 1 and its maps by W (--source vision)
-Reads   images and image labels of --data; <out>/cls.pt, match.pt, refine.pt (--source) or --init; CLIP
-(text, vision);
-        <out>/prototypes.pt (vision)
-Writes  <out>/cam/<id>.npy: float16 (P, h, w), one row per present class, ascending, each min-max scaled to
-[0, 1]
+Reads   images and image labels of --data; cls.pt, match.pt or refine.pt of <out> (--source), or --init;
+        text, vision: CLIP; vision: <out>/prototypes.pt
+Writes  <out>/cam/<id>.npy: float16 (P, h, w), a row per present class, ascending, in [0, 1]
         <out>/sheets/cam_<n>.png: images, maps and, where there is one, the truth, to look at
         <out>/cam_<format>/: with --format, what IRN, PSA/WeakTr, CLIP-ES and FMA-WSSS read
-        <out>/cam.json, last: arguments and counts
+        <out>/cam.json, last: arguments, texts and counts
 
-Maps of S are added over scales and flips; those of CLIP are of the image as it is, as in CLIP-ES, unless
---scales and --flip say otherwise. Vision prototypes take the texts' places in the softmax, at the
-temperature they were learned with. A softer softmax alone changes the maps: compare with --source text
+Maps of S are added over scales and flips, then min-max scaled; those of CLIP are of the image as it is, as in
+CLIP-ES, unless --scales and --flip say otherwise. Vision prototypes take the texts' places in the softmax, at
+the temperature they were learned with. A softer softmax alone changes the maps: compare with --source text
 --tau-t 0.03.
 
 Finished files are skipped; maps of another source or recipe are refused, or replaced with --no-resume.
@@ -30,24 +27,13 @@ import argparse
 import torch
 import torch.nn.functional as F
 
-from plumbing import (
-    checkpoints,
-    exports,
-    files,
-    flags,
-    folders,
-    guard,
-    log,
-    networks,
-    processes,
-    samples,
-    sheets,
-)
+from plumbing import checkpoints, exports, files, flags, folders, guard, log, networks, processes, sheets
 from plumbing.maps import save_cam, shrink_maps
+from plumbing.samples import by_size
 from wsss import gradcam, texts
 
-GRADCAM = ("text", "vision")                                                    # sources that are CLIP's maps
-FREE = ("split", "limit", "batch_size", "seed", "sheets", "format")             # an image's maps are the same
+GRADCAM = ("text", "vision")                                  # sources that are CLIP's maps
+FREE = ("split", "limit", "batch_size", "seed", "sheets", "format")  # an image's maps are the same
 
 
 def parse():
@@ -70,15 +56,14 @@ def parse():
     g = p.add_argument_group("CLIP's GradCAM (--source text, vision)")
     g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a ViT")
     g.add_argument("--prompt", choices=list(texts.PROMPTS), default="ensemble", help="texts (VPL Table 4)")
-    g.add_argument("--tau-t", type=flags.above_zero, default=0.01, help="CLIP's own temperature: 1 / its "
-                                                                        "logit scale")
+    g.add_argument("--tau-t", type=flags.above_zero, default=0.01,
+                   help="CLIP's own temperature: 1 / its logit scale")
     g.add_argument("--tau-i", type=flags.above_zero,
                    help="temperature of vision prototypes (default: the one they were learned with)")
     g.add_argument("--affinity", action=argparse.BooleanOptionalAction, default=True,
                    help="refine the maps by attention (CLIP-ES's CAA)")
     g.add_argument("--box", type=flags.share, default=0.4,
-                   help="refined inside the boxes of a map's parts above this share of its maximum (0.7: "
-                        "COCO)")
+                   help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
     g.add_argument("--max-side", type=flags.natural, default=640,
                    help="CLIP sees larger images at this longer side; 0: as they are")
     args = p.parse_args()
@@ -90,20 +75,26 @@ def parse():
     return args
 
 
+CLIP_FLAGS = ("clip", "prompt", "tau_t", "tau_i", "affinity", "box", "max_side")      # S has no use for them
+UNUSED = {"vision": ("prompt", "tau_t", "pool"), "text": ("tau_i", "pool")}           # of each source
+
+
 def open_generator(args, folder, run):
-    """-> maps(images, b, k) -> (P, h, w) raw maps of the pairs; fingerprint of the weights"""
+    """-> maps(images, b, k), the pairs' raw maps (P, h, w); fingerprint of the weights; texts: none"""
     path = args.init or args.out / f"{args.source}.pt"
     S = networks.load_generator(path, run, folder.classes, args.pool).eval()
     args.pool = S.pool
-    return lambda images, b, k: S.maps(images)[b, k], files.fingerprint(path)
+    return lambda images, b, k: S.maps(images)[b, k], files.fingerprint(path), None
 
 
 def open_clip(args, folder, run):
     """The same by CLIP's GradCAM; the columns of its softmax are texts or vision prototypes."""
     clip = networks.load_clip(args.clip, run, vit=True)
     backgrounds = folder.backgrounds or texts.backgrounds(folder.classes)
+    shown = None
     if args.source == "text":
-        columns = clip.encode_text(texts.prompt_texts(folder.classes, backgrounds, args.prompt))
+        shown = texts.prompt_texts(folder.classes, backgrounds, args.prompt)
+        columns = clip.encode_ensemble(shown)
         tau, weights = args.tau_t, files.fingerprint(args.clip) or args.clip
     else:
         path = args.out / "prototypes.pt"
@@ -116,23 +107,28 @@ def open_clip(args, folder, run):
         size = gradcam.within(images.shape[-2:], args.max_side)
         x, attention, grid = gradcam.last_inputs(clip, images, size=size)
         return gradcam.class_maps(clip, x, attention, grid, columns, len(folder.classes), b, k, 1 / tau, box)
-    return maps, weights
+    return maps, weights, shown
 
 
 @torch.no_grad()
-def make_maps(maps, images, b, k, scales, flip):
-    """Maps of the pairs (b, k) summed over scales and flips, then min-max per map: (P, H, W) in [0, 1]."""
+def make_maps(maps, images, b, k, args):
+    """Maps of the pairs (b, k) over scales and flips: (P, H, W) in [0, 1]. Those of S, which are raw, are
+    summed and min-max scaled; those of CLIP, which are in [0, 1], are averaged."""
     size = images.shape[-2:]
     total = images.new_zeros(len(b), *size)
-    for scale in scales:
+    for scale in args.scales:
         scaled = images
         if scale != 1:
+            # From the authors' code, not in the paper: as PIL's bicubic, antialiased, of 8-bit pixels.
             at = [max(1, round(n * scale)) for n in size]
-            scaled = F.interpolate(images, at, mode="bilinear", align_corners=False)
-        for mirrored in (False, True)[:1 + flip]:
-            part = maps(scaled.flip(-1) if mirrored else scaled, b, k)[:, None].float()    # (P, 1, h, w)
+            scaled = F.interpolate(images, at, mode="bicubic", antialias=True, align_corners=False)
+            scaled = (255 * scaled).round().clamp(0, 255) / 255
+        for mirrored in (False, True)[:1 + args.flip]:
+            part = maps(scaled.flip(-1) if mirrored else scaled, b, k)[:, None].float()  # (P, 1, h, w)
             part = F.interpolate(part, size, mode="bilinear", align_corners=False)[:, 0]
             total += part.flip(-1) if mirrored else part
+    if args.source in GRADCAM:
+        return total / (len(args.scales) * (1 + args.flip))
     low, high = total.amin((1, 2), keepdim=True), total.amax((1, 2), keepdim=True)
     return (total - low) / (high - low + 1e-8)
 
@@ -147,9 +143,9 @@ def main():
     labels = folder.labels(ids)                                                       # (n, C)
     by_clip = args.source in GRADCAM
     args.inputs = {"clip": files.fingerprint(args.clip)} if by_clip else {}
-    maps, weights = (open_clip if by_clip else open_generator)(args, folder, run)
+    maps, weights, shown = (open_clip if by_clip else open_generator)(args, folder, run)
 
-    unused = {"vision": ("prompt", "tau_t", "pool"), "text": ("tau_i", "pool")}.get(args.source, ())
+    unused = UNUSED.get(args.source, CLIP_FLAGS)
     checkpoints.open_folder(where, args, run, FREE + unused, weights=weights, classes=folder.classes)
     if args.format:
         exported.mkdir(exist_ok=True)
@@ -159,16 +155,16 @@ def main():
         return args.resume and (where / f"{id}.npy").exists() and other.exists()
 
     mine = [n for n in run.shard(range(len(ids))) if not finished(ids[n])]
-    loader = samples.by_size(folder, [ids[n] for n in mine], args.batch_size, run, args.workers)
+    loader = by_size(folder, [ids[n] for n in mine], args.batch_size, run, args.workers)
     for batch, images in run.progress(loader, f"maps of {args.source}"):
         numbers = [mine[i] for i in batch]
         b, k = run.pairs(labels[numbers])                                             # (P,) image and class
         images = images.to(run.device, non_blocking=True)
         with run.autocast():
-            made = make_maps(maps, images, b, k, args.scales, args.flip)              # (P, H, W)
+            made = make_maps(maps, images, b, k, args)                                # (P, H, W)
         made, b, k = shrink_maps(made, args.stride).cpu(), b.cpu(), k.cpu()
         for i, n in enumerate(numbers):
-            if args.format:                                                 # first: the map marks it finished
+            if args.format:                                   # first: the map marks it finished
                 exports.save(exported, ids[n], args.format, k[b == i], made[b == i], images.shape[-2:])
             save_cam(where / f"{ids[n]}.npy", made[b == i])
 
@@ -176,7 +172,7 @@ def main():
     if run.main:
         sheets.write(args.out / "sheets", args.cam, folder, ids[:args.sheets], labels, where)
         files.save_json(args.out / f"{args.cam}.json", {
-            "source": args.init or args.source, "weights": weights, "classes": folder.classes,
+            "source": args.init or args.source, "weights": weights, "classes": folder.classes, "texts": shown,
             "scales": args.scales, "flip": args.flip, "images": len(ids), "maps": int(labels.sum()),
             "args": flags.plain(args), "versions": log.versions()})
     run.close(f"{where}: {len(ids)} images, {int(labels.sum())} maps of {args.source}")

@@ -1,10 +1,8 @@
-"""Pseudo masks from localisation maps: a background score, dense CRF or the vote of segments, 255 where it
-is unsure.
+"""Pseudo masks from localisation maps: a background score, then dense CRF or the vote of segments.
 
-Paper   SemPLeS 4.2 and Table 4, VPL "Implementation "
-                                     "Details". CRF as in WeakTr (VOC), IRN (COCO), CLIP-ES (VPL)
+Paper   SemPLeS 4.3, Table 4; VPL "Implementation Details"; CRF as in WeakTr (VOC), IRN (COCO), CLIP-ES (VPL)
 Reads   images and image labels of --data, <out>/cam/<id>.npy (make_cam.py), --segments
-Writes  <out>/pseudo/<id>.png: 8-bit palette, 0 background, 1..C, 255 ignored
+Writes  <out>/pseudo/<id>.png: 8-bit palette, 0 background, 1..C, 255 ignored (unsure)
         <out>/pseudo/recipe.json: the arguments, first
         <out>/pseudo.json, last: arguments, counts, share of every class
 
@@ -12,15 +10,15 @@ True masks are never opened. The CRF sees the present classes and the background
 of one thread each. A mask is written as it is finished: a run can be interrupted and goes on. Masks of other
 maps or another recipe are refused, or replaced with --no-resume.
 
---segments DIR takes outlines from segments without classes: <id>.npz of hosts/make_segments.py; <id>.png, a
-map of segment numbers; <id>/*.png, a black and white mask each (SAM's amg.py); <id>.pkl of FMA-WSSS. --vote
-says how a segment finds its class (wsss/votes.py): sams    FMA-WSSS: the class, or the background (1 -
-max)^power, with the best mean of its map over the segment. No CRF
-        unless --crf, whose posterior is then taken for the maps.
-sepl    SEPL: a segment of which a class covers more than half, or that holds .85 of a class, becomes that
-class, over
-        the masks as they are without segments.
-An image without any segment keeps its mask without segments, and is counted.
+--segments DIR: segments without classes give the outlines, as <id>.npz of hosts/make_segments.py, <id>.png of
+segment numbers, <id>/*.png (SAM's amg.py) or <id>.pkl (FMA-WSSS). --vote says how a segment finds its class:
+
+    sams    FMA-WSSS: the class, or the background (1 - max)^power, of the best mean map over the segment;
+            with --crf of the best mean posterior
+    sepl    SEPL, over the masks as they are without segments: a segment of which a class covers more than
+            half, or that holds .85 of a class, becomes that class
+
+An image without any segment is masked as without --segments, and counted.
 
     python make_pseudo.py --data /data/VOC2012 --out runs/voc --workers 16
     python make_pseudo.py --data /data/COCO --out runs/coco --split train --threshold 0.42 --preset irn
@@ -40,7 +38,7 @@ from plumbing.maps import add_background, cam_path, load_cam, resize_maps
 from plumbing.masks import IGNORE, load_mask, save_mask
 from wsss import crf, votes
 
-FREE = ("split", "limit", "batch_size", "seed", "amp", "segments")               # an image's mask is the same
+FREE = ("split", "limit", "batch_size", "seed", "amp", "segments")  # an image's mask is the same
 
 
 def parse():
@@ -55,8 +53,7 @@ def parse():
                    help="the constant (VOC: 0.43, COCO: 0.42); raise it if masks swallow the background")
     g.add_argument("--alpha", type=flags.above_zero, default=1.0, help="exponent of --background power")
     g.add_argument("--crf", action=argparse.BooleanOptionalAction,
-                   help="dense CRF; --no-crf: the best score of each pixel (default: --crf, not in --vote "
-                        "sams)")
+                   help="dense CRF; --no-crf: the best score (default: --crf, but not with --vote sams)")
     g.add_argument("--preset", choices=list(crf.PRESETS), default="weaktr",
                    help="weaktr: SemPLeS on VOC; irn: on COCO; deeplab: CLIP-ES and VPL")
     g.add_argument("--iterations", type=flags.positive, default=10, help="mean-field iterations")
@@ -65,10 +62,11 @@ def parse():
     g.add_argument("--ignore-below", type=flags.share, default=0.0,
                    help="pixels whose best posterior is lower become 255 (CLIP-ES and VPL: 0.95)")
     g.add_argument("--segments", type=Path, help="folder of segments that vote for a class each (see above)")
-    g.add_argument("--vote", choices=["sams", "sepl"], default="sams", help="with --segments: FMA-WSSS's or "
-                                                                            "SEPL's")
-    g.add_argument("--power", type=flags.above_zero, default=0.6,
-                   help="exponent of the segments' background score in --vote sams; raise it if masks are "
+    g.add_argument("--vote", choices=["sams", "sepl"], default="sams",
+                   help="with --segments: FMA-WSSS's or SEPL's")
+    g.add_argument("--power", type=flags.above_zero, default=0.7,
+                   help="exponent of the segments' background score in --vote sams (FMA-WSSS: 0.7 for "
+                        "its final VOC seeds, 0.6 for coarse ones, 1 on COCO); raise it if masks are "
                         "too large")
     args = p.parse_args()
     args.vote = args.vote if args.segments else None
@@ -79,8 +77,7 @@ def parse():
 
 
 def make_mask(image, classes, cam, found, args, device="cpu"):
-    """(H, W, 3) uint8, present classes (P,), their maps (P, h, w) in [0, 1], segments -> label map (H, W)
-    uint8."""
+    """(H, W, 3) uint8, present classes (P,), maps (P, h, w) in [0, 1], segments -> labels (H, W) uint8"""
     value = args.threshold if args.background == "constant" else args.alpha
     maps = resize_maps(cam, image.shape[:2])                                          # (P, H, W)
     scores = add_background(maps, args.background, value)                             # (1 + P, H, W)
@@ -102,7 +99,7 @@ def load_segments(id, args, size):
     return segments.load_segments(segments.segments_path(args.segments, id), size)
 
 
-def process(image_path, id, label, args, device="cpu"):
+def write_mask(image_path, id, label, args, device="cpu"):
     """Writes the mask of one image -> count(its mask, its segments)."""
     image = np.array(load_image(image_path))
     classes, cam = load_cam(args.out / args.cam / f"{id}.npy", label, image.shape[:2])
@@ -132,12 +129,12 @@ def summary(args, folder, labels, pixels, bare):
         "never_predicted": [name for k, name in enumerate(folder.classes)
                             if labels[:, k].any() and not pixels[k + 1]]}
     if args.segments:
-        note = args.segments / "recipe.json"                                        # hosts/make_segments.py's
+        note = args.segments / "recipe.json"                  # hosts/make_segments.py's
         recipe = files.read_json(note) if note.exists() else {}
         source = {"folder": str(args.segments), "source": recipe.get("args", {}).get("source"),
                   "weights": recipe.get("weights")}
         found |= {"segments": source, "vote": args.vote, "without_segments": bare}
-    if args.vote == "sams":                                                       # the other rule: of the CRF
+    if args.vote == "sams":                                   # the other rule: of the CRF
         found |= {"pixels": {"background": args.background, "value": value}, "background": "power",
                   "value": args.power}
     return {**found, "args": flags.plain(args), "versions": log.versions()}
@@ -175,7 +172,7 @@ def main():
         counts += count(mask, load_segments(ids[n], args, mask.shape))
     gpu = run.device.type == "cuda" and args.backend != "pydensecrf"                  # faster than the pool
     tasks = ((folder.image_path(ids[n]), ids[n], labels[n].numpy(), args, run.device) for n in todo)
-    made = processes.pooled(process, tasks, 0 if gpu else args.workers, where)
+    made = processes.pooled(write_mask, tasks, 0 if gpu else args.workers, where)
     for each in run.progress(made, "pseudo masks", len(mine), len(mine) - len(todo)):
         counts += each
 

@@ -27,7 +27,7 @@ from toy import clip, drawings
 from toy.drawings import CLASSES, GROUNDS
 from toy.networks import ToyCNN
 
-VAL_START = 500_000             # image numbers of val: neither split depends on the other's length
+VAL_START = 500_000  # image numbers of val: neither split depends on the other's length
 
 
 def parse():
@@ -59,7 +59,7 @@ def train_backbone(seed, steps=500, batch=48, lr=3e-3, count=6000):
     images = torch.from_numpy(np.stack([image for image, _ in samples])).permute(0, 3, 1, 2)
     labels = torch.tensor([label for _, label in samples])
     model = ToyCNN(1)
-    torch.nn.Module.train(model)                            # unlike S later: it gathers BatchNorm statistics
+    torch.nn.Module.train(model)  # unlike S later: it gathers BatchNorm statistics
     classifier = torch.nn.Linear(model.head.in_channels, len(CLASSES) + len(GROUNDS))
     parameters = [*model.trunk.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=.05)
@@ -68,7 +68,7 @@ def train_backbone(seed, steps=500, batch=48, lr=3e-3, count=6000):
         some = torch.randint(len(labels), (batch,))
         x = images[some].float() / 255
         x = x.flip(-1) if torch.rand(()) < .5 else x
-        features = model.trunk((x - model.mean) / model.std)                            # (B, width, h, w)
+        features = model.trunk((x - model.mean) / model.std)                          # (B, width, h, w)
         loss = F.cross_entropy(classifier(features.mean((2, 3))), labels[some])
 
         optimizer.zero_grad(set_to_none=True)
@@ -117,7 +117,7 @@ def write_images(out, seed, train, val, size):
         labels.append(" ".join([name, *(CLASSES[c] for c in scene.labels)]))
         image, mask = out / "JPEGImages" / f"{name}.jpg", out / "SegmentationClass" / f"{name}.png"
         if not image.exists():
-            jpeg = io.BytesIO()                     # PIL does not notice a full disk, write_bytes does
+            jpeg = io.BytesIO()  # PIL does not notice a full disk, write_bytes does
             Image.fromarray(scene.image).save(jpeg, format="JPEG", quality=92)
             with files.atomic(image) as beside:
                 beside.write_bytes(jpeg.getvalue())

@@ -1,8 +1,7 @@
 """Predicts your own photographs with a trained network, or VOC 2012's test split for its server.
 
-Reads   <out>/seg.pt (train_seg.py); --images: a folder of photographs, or --voc-test: the split test of
---data Writes  <out>/pred/<folder>/<name>.png: palette label maps of the photographs' own size, and overlays
-<name>.jpg
+Reads   <out>/seg.pt (train_seg.py); --images: a folder of photographs, or --voc-test: split test of --data
+Writes  <out>/pred/<folder>/<name>.png: palette label maps at the photographs' size; <name>.jpg: overlays
         <out>/comp6_test.tgz: the VOC server's archive, checked (comp6: CLIP and ImageNet are outside data)
 
 Finished predictions are kept: an interrupted run goes on.
@@ -23,8 +22,8 @@ from plumbing.images import IMAGE_ENDINGS, image_size, load_image, to_float
 from plumbing.masks import IGNORE, load_mask, palette, save_mask
 from wsss import crf
 
-FREE = ("split", "limit", "batch_size", "seed", "clip", "images", "voc_test")       # a prediction is the same
-VOC_TEST = 1456                                                                # images of VOC 2012's test set
+FREE = ("split", "limit", "batch_size", "seed", "clip", "images", "voc_test")  # a prediction is the same
+VOC_TEST = 1456                                               # images of VOC 2012's test set
 
 
 def parse():
@@ -33,8 +32,8 @@ def parse():
     g.add_argument("--images", type=Path, help="folder of your own images: no --data, no truth")
     g.add_argument("--max-side", type=flags.natural, default=640,
                    help="--images: larger images are predicted at this longer side; 0: as they are")
-    g.add_argument("--voc-test", action="store_true", help="predict VOC's test split and write the server's "
-                                                           "archive")
+    g.add_argument("--voc-test", action="store_true",
+                   help="predict VOC's test split and write the server's archive")
     g.add_argument("--scales", type=flags.above_zero, nargs="+", default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75],
                    help="sizes of the image to average probabilities over")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction, default=True,
@@ -52,8 +51,7 @@ def parse():
 
 
 class Photos:
-    """A folder of somebody's own images, by file name without ending; as much of Folder as prediction
-    needs."""
+    """Somebody's own images, by file name without ending; as much of Folder as prediction needs."""
 
     def __init__(self, root, max_side):
         self.max_side, self.paths = max_side, {}
@@ -146,7 +144,7 @@ def main():
 
     todo = [id for id in run.shard(ids) if not (where / f"{id}.png").exists()]
     model = networks.load_segmenter(seg, run, args.clip)
-    pool = args.workers if args.crf and run.device.type == "cpu" else 0            # a GPU does the CRF itself
+    pool = args.workers if args.crf and run.device.type == "cpu" else 0  # a GPU does the CRF itself
     predicted = networks.predict(model, folder, todo, run, args, 0 if pool else args.workers)
     tasks = ((*each, folder.image_path(each[0]), args, classes, where, run.device) for each in predicted)
     for _ in run.progress(processes.pooled(finish, tasks, pool, where), "predictions", len(todo)):

@@ -43,8 +43,8 @@ MASKS = ("SegmentationClass", "SegmentationClassAug")
 LISTS = Path("ImageSets") / "Segmentation"
 VOC_COUNTS = {"masks of VOC": 2913, "masks of SBD": 11355, "masks together": 12031, "train_aug images": 10582}
 COCO_COUNTS = {"train": 82081, "val": 40137}
-COCO_IDS = [i for i in range(1, 91) if i not in COCO_GAPS]              # the others were never used
-COCO_INDEX = {i: k for k, i in enumerate(COCO_IDS)}                     # category id -> class index 0..79
+COCO_IDS = [i for i in range(1, 91) if i not in COCO_GAPS]    # the others were never used
+COCO_INDEX = {i: k for k, i in enumerate(COCO_IDS)}           # category id -> class index 0..79
 RULE = """Label maps: 0 background, 1..80 line of classes.txt (not COCO's category ids 1..90), 255 ignored.
 Painted from instances_{{train,val}}2014.json, areas in descending order: small objects lie on top of large
 ones, of equal ones the later. Crowd regions (iscrowd): {}.
@@ -93,7 +93,7 @@ def run_all(function, jobs, desc, workers, where):
 def files_by_id(folder, *endings):
     """{id: path} of the files with one of these endings; of several the first ending counts."""
     paths = [path for ending in reversed(endings) for path in sorted(folder.glob(f"[!.]*{ending}"))]
-    return {path.stem: path for path in paths if path.exists()}         # a link may lead nowhere
+    return {path.stem: path for path in paths if path.exists()}  # a link may lead nowhere
 
 
 def require(module, package, purpose):
@@ -146,7 +146,7 @@ def read_sbd(path):
         mask = np.asarray(content["GTcls"]["Segmentation"][0, 0])
         if mask.ndim != 2 or not np.isin(mask, range(21)).all():
             raise ValueError("(H, W) with 0..20 is expected")
-    except Exception as error:                                          # scipy raises many kinds
+    except Exception as error:                                # scipy raises many kinds
         reason = f"{type(error).__name__}: {files.first_line(error)}"
         raise ValueError(f"{path} is not a mask of SBD ({reason}): unpack benchmark.tgz again") from None
     return mask.astype(np.uint8)
@@ -165,7 +165,7 @@ def prepare_voc(args):
     native = files_by_id(args.voc / MASKS[0], ".png")
     sbd = files_by_id(cls, ".mat")
     there = files_by_id(masks, ".png")
-    sources = sbd | native | there                                      # the last one has the mask
+    sources = sbd | native | there                            # the last one has the mask
     train_aug = sorted(set(sources) - set(folder.ids("val")))
     check_counts(dict(zip(VOC_COUNTS, map(len, (native, sbd, sources, train_aug)))), args.allow_partial)
     jobs = [(path, masks / f"{id}.png") for id, path in sorted(sources.items()) if id not in there]
@@ -200,7 +200,7 @@ def read_split(args, split):
     try:
         content = json.loads(path.read_bytes())
         names = {c["name"]: COCO_CLASSES[COCO_INDEX[c["id"]]] for c in content["categories"]}
-        objects = defaultdict(list)                                     # image id -> [(class, crowd, shape)]
+        objects = defaultdict(list)                           # image id -> [(class, crowd, shape)]
         for a in content["annotations"]:
             crowd = bool(a.get("iscrowd"))
             objects[a["image_id"]].append((COCO_INDEX[a["category_id"]], crowd, a["segmentation"]))
@@ -229,7 +229,7 @@ def decode(segmentation, shape):
     from pycocotools import mask as rle  # optional, see `require`
     runs = segmentation
     if isinstance(segmentation, list):
-        polygons = [p for p in segmentation if len(p) >= 6]             # four numbers would be read as a box
+        polygons = [p for p in segmentation if len(p) >= 6]   # four numbers would be read as a box
         if not polygons:
             return np.zeros(shape, dtype=bool)
         runs = rle.merge(rle.frPyObjects(polygons, *shape))
@@ -252,7 +252,7 @@ def paint_objects(shape, objects):
 def write_coco(job):
     try:
         mask = paint_objects(job.shape, [(label, decode(s, job.shape)) for label, s in job.objects])
-    except Exception as error:                                          # pycocotools raises bare Exception
+    except Exception as error:                                # pycocotools raises bare Exception
         raise ValueError(f"{job.source.name}: its segmentation cannot be decoded "
                          f"({files.first_line(error)}): {AGAIN}") from None
     link(job.source, job.image)
@@ -306,7 +306,7 @@ def read_lists(folder, found):
     """{split: ids}. A line that is no id, or an id's second line, is a finding and is passed over."""
     splits = {}
     for path in sorted((folder.root / LISTS).glob("*.txt")):
-        ids = splits[path.stem] = {}                                    # a dict keeps the order
+        ids = splits[path.stem] = {}                          # a dict keeps the order
         lines = attempt(found["bad list"], files.read_lines, path)
         if lines is not None and not any(line.strip() for line in lines):
             found["bad list"].append(f"{path} is empty: remove it or write ids")
@@ -351,7 +351,7 @@ def read_labels_txt(path, classes, found):
 def read_labels(folder, ids, found):
     """The same from XML or cls_labels.npy. An id without an entry is left out."""
     labels = {}
-    if attempt(found["bad label"], folder.labels, []) is None:          # no labels at all
+    if attempt(found["bad label"], folder.labels, []) is None:                        # no labels at all
         return labels
     for id in ids:
         try:
@@ -465,7 +465,7 @@ def remap_folder(args):
         raise ValueError(f"{args.data / 'classes.txt'} does not list COCO's 80 classes: remap is for COCO")
     guard.claim(args.data / MASKS[0])
     for masks in (args.data / name for name in MASKS):
-        kept = masks.with_name(f"{masks.name}.90id")                    # once made, nothing is mapped twice
+        kept = masks.with_name(f"{masks.name}.90id")          # once made, nothing is mapped twice
         if not kept.exists() and masks.is_dir():
             paths = list(files_by_id(masks, ".png").values())
             values = set().union(*run_all(read_values, paths, "reading", args.workers, masks))

@@ -31,7 +31,7 @@ from plumbing.masks import load_mask
 from plumbing.page import chip, esc, figure, fit, heading, show_map, tag
 from wsss import clip_model, gradcam, losses, texts
 
-REGIONS = 200                   # images whose regions are in the scatter
+REGIONS = 200                                                 # images whose regions are in the scatter
 WHAT = {"cam": "maps", "pseudo": "pseudo masks", "masks": "masks", "seg": "network"}
 SCRIPTS = {Path(name).stem: script for name, script in files.MADE_BY.items()}
 MAPS_OF = {"cls": "cls.pt", "match": "match.pt", "refine": "refine.pt", "vision": "prototypes.pt"}
@@ -278,10 +278,10 @@ def draw_prompts(args, folder, found, chosen, run):
     classes, backgrounds = folder.classes, folder.backgrounds or texts.backgrounds(folder.classes)
     model = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
     checkpoints.load_weights(model, content["model"], path)
-    u_b = model()                                                                       # (C, D)
-    u_f = clip.encode_text(texts.class_texts(classes))                                  # (C, D)
-    manual = clip.encode_text(texts.class_texts(backgrounds))                           # (backgrounds, D)
-    near = (u_b @ manual.T).topk(min(3, len(manual)))                                   # (C, 3)
+    u_b = model()                                                                     # (C, D)
+    u_f = clip.encode_text(texts.class_texts(classes))                                # (C, D)
+    manual = clip.encode_text(texts.class_texts(backgrounds))                         # (backgrounds, D)
+    near = (u_b @ manual.T).topk(min(3, len(manual)))                                 # (C, 3)
     average = F.normalize(manual.mean(0), dim=0)
     cards = []
     for id in next(iter(chosen.values()), []):
@@ -314,7 +314,7 @@ def region_features(model, folder, ids, args, run):
     for numbers, images in samples.by_size(folder, ids, args.batch_size, run, args.workers):
         _, coarse, v = model(images.to(run.device))
         b, k = labels[numbers].nonzero(as_tuple=True)
-        regions = losses.region_embeddings(v, coarse.softmax(1)[:, 1:]).cpu()           # (B, C, D)
+        regions = losses.region_embeddings(v, coarse.softmax(1)[:, 1:]).cpu()         # (B, C, D)
         rows.append(F.normalize(regions[b, k], dim=-1))
         owners.append(k)
     return torch.cat(rows), torch.cat(owners)
@@ -430,7 +430,7 @@ def main():
         if not out.is_dir():
             raise FileNotFoundError(f"{out} is missing: a report is of a folder that stages have written to")
     run = processes.Run(args)
-    if not run.main:                                                            # one process makes the page
+    if not run.main:                                          # one process makes the page
         return run.close()
     path = args.out / "report.html"
     guard.claim(path)
@@ -448,7 +448,7 @@ def main():
     count = len(folder.ids(args.split, args.limit))
     facts = f"{args.data}: {len(folder.classes)} classes, {count} images in {args.split}"
     content = page.document(args.out, facts, sections)
-    with files.atomic(path) as beside:                                     # JSON may hold half a character
+    with files.atomic(path) as beside:                        # JSON may hold half a character
         beside.write_text(content, encoding="utf-8", errors="xmlcharrefreplace")
     run.close(f"{path}: {path.stat().st_size / 2**20:.1f} MB, open it in a browser")
 

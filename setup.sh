@@ -4,10 +4,10 @@
 set -euo pipefail
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Paths are those of the caller's folder; CLIP32 and the like may also be the name of a model.
-for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16 SAM SWIN; do
+for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16 SAM SWIN DEEPLAB; do
     value=${!name:-}
     case $value in "" | /*) continue ;; esac
-    case $name in INIT | START | CLIP* | SAM | SWIN) [ -e "$value" ] || continue ;; esac
+    case $name in INIT | START | CLIP* | SAM | SWIN | DEEPLAB) [ -e "$value" ] || continue ;; esac
     printf -v "$name" %s "$PWD/$value"
 done
 cd "$home"

@@ -1,6 +1,6 @@
-"""Stage 0, where the paper starts: the mask generator S learns from image labels alone, as WeakTr trains it.
+"""Stage 0, where the papers start: the mask generator S learns from image labels alone, as WeakTr trains it.
 
-Paper   SemPLeS 4.2 takes WeakTr's generator as S
+Paper   WeakTr, a host of SemPLeS Table 4; SemPLeS does not say how its S starts
 Reads   images and image labels of --data, ImageNet weights
 Writes  <out>/cls.pt, <out>/cls.last.pt (to resume), <out>/cls.jsonl
 
@@ -31,8 +31,8 @@ def parse():
                                   "training")
     g.add_argument("--pool", choices=["max", "avg"], help="pooling of attention fusion (max: VOC, avg: "
                    "COCO); left out: what the file of --init says, else max")
-    g.add_argument("--reduction", type=flags.positive, default=8, help="squeeze of attention fusion (COCO: "
-                                                                       "4)")
+    g.add_argument("--reduction", type=flags.positive, default=8,
+                   help="squeeze of attention fusion (COCO: 4)")
     g.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True,
                    help="train all of S; --no-train-backbone: its last layers")
     g.add_argument("--epochs", type=flags.positive, default=60)
@@ -86,7 +86,7 @@ def main():
     for images, labels in keeper.steps():
         labels = labels.to(run.device)                                                # (B, C)
         with run.autocast():
-            _, logits = S(images)                                                     # a tuple of (B, C)
+            _, logits = S(images, from_labels=True)                                   # a tuple of (B, C)
         parts = [run.mean(losses.cls_loss(z, labels)) for z in logits]
         loss = sum(parts)
 

@@ -1,16 +1,15 @@
-"""SemPLeS (a), segment-label matching: train S so that CLIP sees the class in the foreground, not in the
-background.
+"""SemPLeS (a), segment-label matching: the class belongs in the foreground, not in the background.
 
 Paper   SemPLeS 3.2.1, Eq. 1
 Reads   images and image labels of --data, CLIP, <out>/cls.pt (train_cls.py) or --init
 Writes  <out>/match.pt, <out>/match.last.pt (to resume), <out>/match.jsonl
 
-For every pair (image X, class k that it holds): M = S(X)_k, X_f = M X, X_b = (1 - M) X, v = E_I(X), u =
-E_T(text) and
+For every pair of an image X and a class k present in it:
 
-    L_match = -log sim(v_f, u_f) - lambda_b log(1 - sim(v_b, u_f)),    u_f of "a photo of k."
+    M = S(X)_k,   v_f = E_I(M X),   v_b = E_I((1 - M) X),   u_f = E_T("a photo of k.")
+    L_match = -log sim(v_f, u_f) - lambda_b log(1 - sim(v_b, u_f))                         Eq. 1
 
-CLIP is frozen, and so is S's backbone: its head and its attention fusion train.
+CLIP (E_I, E_T) is frozen, and so is S's backbone: its head and its attention fusion train.
 
     python train_match.py --data /data/VOC2012 --out runs/voc
     torchrun --nproc_per_node 4 train_match.py --data /data/COCO --out runs/coco --split train \\
@@ -29,27 +28,29 @@ def parse():
     g = p.add_argument_group("SemPLeS (a)")
     g.add_argument("--lambda-b", type=flags.number, default=2.4,
                    help="weight of the background term; raise it if the masks miss parts of the object")
-    g.add_argument("--init", help="generator to start from instead of <out>/cls.pt: a published one or one "
-                                  "of ours")
+    g.add_argument("--init", help="generator to start from instead of <out>/cls.pt: published or ours")
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--raw-names", action="store_true",
+                   help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
+    # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b).
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1,
                    help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
-                   help="a removed pixel: mean colour, black, or mean colour by ImageNet's statistics "
-                        "(authors' code)")
-    g.add_argument("--pool", choices=["max", "avg"], help="pooling of S's attention fusion (max: VOC, avg: "
-                   "COCO); left out: what the file of S says, else max")
+                   help="what CLIP sees: pixels by its own statistics, removed ones mean colour; black: "
+                        "removed ones black; imagenet: all by ImageNet's statistics, as in the authors' code")
+    g.add_argument("--pool", choices=["max", "avg"],
+                   help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
     g.add_argument("--train-backbone", action="store_true", help="train all of S, as the text may be read")
     g.add_argument("--epochs", type=flags.positive, default=60)
-    g.add_argument("--lr", type=flags.number, default=6.4e-5, help="AdamW's rate: the paper's x batch / 512")
+    g.add_argument("--lr", type=flags.number, default=6.4e-5,
+                   help="AdamW's rate as it is used, whatever --batch-size; authors: 5e-4 x batch / 512")
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=float, default=0.08, help="least share of the image in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=True)
     g.add_argument("--erase", type=float, default=0.25, help="probability of random erasing")
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
-    g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth of a DeiT while S "
-                                                                      "trains")
+    g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth while S trains")
     flags.training(p)
     return p.parse_args()
 
@@ -65,7 +66,8 @@ def main():
     clip = networks.load_clip(args.clip, run)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     args.pool = S.pool
-    u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
+    class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
+    u_f = clip.encode_text(class_texts)                                               # (C, D), once
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
     ids = folder.ids(args.split, args.limit)
@@ -73,15 +75,16 @@ def main():
     trained = generator.parameters_to_train(S, args.train_backbone)
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader))
+    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader), texts=class_texts)
 
     for images, labels in keeper.steps():
-        b, k = run.pairs(labels)                                                      # (P,) image and class
+        b, k = run.pairs(labels)                                                      # (P,) image, class
         with run.autocast():
-            maps = losses.resize_map(S(images)[0][b, k], clip.size)                # (P, H, W) of CLIP's input
+            maps, _ = S(images)                                                       # (B, C, h, w)
+            maps = losses.resize_map(maps[b, k], clip.size)                           # (P, H, W), CLIP's size
             masks = losses.mask_from_map(maps, args.mask_eps)
             x_f, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
-            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b]), fill=args.mask_fill).chunk(2)    # (P, D)
+            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b]), fill=args.mask_fill).chunk(2)  # (P, D)
         loss = run.mean(losses.match_loss(v_f, v_b, u_f[k], args.lambda_b))           # Eq. 1
 
         optimizer.zero_grad(set_to_none=True)

@@ -1,18 +1,17 @@
-"""SemPLeS (b), contrastive prompt learning: one text prompt per class for its co-occurring background
-(train: rails).
+"""SemPLeS (b), contrastive prompt learning: a prompt per class for its co-occurring background.
 
 Paper   SemPLeS 3.2.2, Eq. 2
 Reads   images and image labels of --data, CLIP, <out>/match.pt (train_match.py) or --init
 Writes  <out>/prompts.pt, <out>/prompts.last.pt (to resume), <out>/prompts.jsonl
 
-For every pair (image X, class k that it holds), with S fixed: v_b = E_I((1 - M) X), u_b = E_T(p_k), and
+For every pair of an image X and a class k present in it, with M = S(X)_k fixed:
 
-    L_prompt = -log sim(u_b, v_b) - lambda_T log(1 - sim(u_b, u_f)),    u_f of "a photo of k."
+    v_b = E_I((1 - M) X),   u_b = E_T(p_k),   u_f = E_T("a photo of k.")
+    L_prompt = -log sim(u_b, v_b) - lambda_T log(1 - sim(u_b, u_f))                        Eq. 2
 
-Only the prompts train, L vectors a class. S and CLIP are frozen, so v_b depends on the crop alone: --views V
-encodes V crops of each image once and then trains on the stored features, epoch e on crop e mod V, with no
-image encoder in the loop. --views 0 draws and encodes fresh crops every epoch, as the paper does; --views
-EPOCHS gives the same numbers.
+Only the prompts p_k train: L vectors a class (the paper's K = 30). S and CLIP are frozen, so v_b depends on
+the crop alone. --views 0: fresh crops, encoded every epoch. --views V: V crops of each image are encoded once
+and epoch e trains on crop e mod V, without an image encoder; V = EPOCHS equals --views 0 up to rounding.
 
     python train_prompt.py --data /data/VOC2012 --out runs/voc --views 8
     python train_prompt.py --data /data/COCO --out runs/coco --split train --lr 2.5e-3 --lambda-t 0.01 \\
@@ -42,15 +41,19 @@ def parse():
                    help="crops of each image to encode once and train on; 0: fresh crops every epoch")
     g.add_argument("--init", help="generator to take instead of <out>/match.pt: published or one of ours")
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--raw-names", action="store_true",
+                   help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
+    # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b); rates, batches of (b).
     g.add_argument("--mask-eps", type=flags.above_zero, default=1e-4,
                    help="m = (c - min) / (max - min + eps): a small map becomes a full mask here")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
-                   help="a removed pixel: mean colour, black, or mean colour by ImageNet's statistics "
-                        "(authors' code)")
-    g.add_argument("--pool", choices=["max", "avg"], help="pooling of S's attention fusion (max: VOC, avg: "
-                   "COCO); left out: what the file of S says, else max")
+                   help="what CLIP sees: pixels by its own statistics, removed ones mean colour; black: "
+                        "removed ones black; imagenet: all by ImageNet's statistics, as in the authors' code")
+    g.add_argument("--pool", choices=["max", "avg"],
+                   help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
     g.add_argument("--epochs", type=flags.positive, default=60)
-    g.add_argument("--lr", type=flags.number, default=0.025, help="AdamW's rate: the paper's x batch / 512")
+    g.add_argument("--lr", type=flags.number, default=0.025,
+                   help="AdamW's rate as it is used, whatever --batch-size, from the authors' code")
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=float, default=0.08, help="least share of the image in a crop")
@@ -63,7 +66,8 @@ def parse():
 @torch.no_grad()
 def encode_background(clip, S, images, b, k, args):
     """v_b = E_I((1 - M) X) of the pairs (b, k) of a batch, (P, D), and the mean of each mask (P,)."""
-    maps = losses.resize_map(S(images)[0][b, k], clip.size)                           # (P, H, W)
+    maps, _ = S(images)                                                               # (B, C, h, w)
+    maps = losses.resize_map(maps[b, k], clip.size)                                   # (P, H, W), CLIP's size
     masks = maps if S.maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
     _, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
     return clip.encode_normalized(x_b, fill=args.mask_fill), masks.mean((1, 2))
@@ -79,12 +83,13 @@ def encode_batches(loader, clip, S, args, run):
 
 
 class StoredFeatures:
-    """The features of --views crops of every image, encoded once, each process its share: (views, pairs, D +
-    1), last the mean mask. Iterated, it gives what encode_batches gives."""
+    """Features v_b of V crops of every image, encoded once: `features` (V, pairs, D + 1), the mean mask last.
+
+    Every rank encodes its share; a sum over ranks gives all to all. Iterated: what encode_batches yields."""
 
     def __init__(self, loader, clip, S, args, run):
         self.batches, self.labels, self.run = loader.batch_sampler, loader.dataset.labels, run
-        # pairs of image i: first[i]..
+        # The pairs of image i are numbers first[i] to first[i + 1] - 1.
         self.first = torch.cat([torch.zeros(1), self.labels.sum(1).cumsum(0)]).long()
         views, width = min(args.views, args.epochs), clip.model.text_projection.shape[1]
         self.features = torch.zeros(views, int(self.first[-1]), width + 1, device=run.device)
@@ -95,7 +100,7 @@ class StoredFeatures:
         encoded = encode_batches(crops, clip, S, args, run)
         for chunk, (v_b, area, _, _) in zip(chunks, run.progress(encoded, f"{views} views", len(chunks))):
             self.features[self.rows(chunk)] = torch.cat([v_b, area[:, None]], dim=1)
-        run.sum(self.features)                                                  # rows of other ranks are zero
+        run.sum(self.features)                                # rows of other ranks are zero
 
     def rows(self, keys):
         """(epoch, image) keys -> view and pair numbers of their features, (P,) each."""
@@ -122,8 +127,9 @@ def main():
     clip = networks.load_clip(args.clip, run)
     S = networks.load_generator(start, run, folder.classes, args.pool).eval().requires_grad_(False)
     args.pool = S.pool
-    u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
-    processes.seed_all(args.seed)                                              # on all ranks the same prompts
+    class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
+    u_f = clip.encode_text(class_texts)                                               # (C, D), once
+    processes.seed_all(args.seed)                             # whatever loading S has drawn
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
@@ -131,15 +137,18 @@ def main():
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    prompts = keeper.begin(model, optimizer, schedule, loader, args.epochs * len(loader))
+    prompts = keeper.begin(model, optimizer, schedule, loader, args.epochs * len(loader), texts=class_texts)
     stored = StoredFeatures(loader, clip, S, args, run) if args.views else None
 
-    for v_b, area, k in keeper.steps(lambda: stored or encode_batches(loader, clip, S, args, run)):
-        present, at = k.unique(return_inverse=True)                                # on the CPU: nothing waits
-        k, present, at = (x.to(run.device, non_blocking=True) for x in (k, present, at))
+    def epoch():
+        return stored if args.views else encode_batches(loader, clip, S, args, run)
+
+    for v_b, area, k in keeper.steps(epoch):                                          # (P, D), (P,), (P,)
+        present, inverse = k.unique(return_inverse=True)      # on the CPU: nothing waits
+        k, present, inverse = (x.to(run.device, non_blocking=True) for x in (k, present, inverse))
         with run.autocast():
-            u_b = prompts(present)[at]                                       # (P, D), each class encoded once
-        pairs = losses.prompt_loss(u_b, v_b, u_f[k], args.lambda_t, args.repel, args.lambda_i)        # Eq. 2
+            u_b = prompts(present)[inverse]                                           # (P, D), a class once
+        pairs = losses.prompt_loss(u_b, v_b, u_f[k], args.lambda_t, args.repel, args.lambda_i)  # Eq. 2
         loss = run.mean(pairs)
 
         optimizer.zero_grad(set_to_none=True)

@@ -1,19 +1,18 @@
-"""SemPLeS (c), prompt-guided semantic refinement: S keeps its class and drops what the class's prompt
-describes.
+"""SemPLeS (c), prompt-guided semantic refinement: S drops what the prompt of its class describes.
 
 Paper   SemPLeS 3.2.3, Eq. 3
-Reads   images and image labels of --data, CLIP, <out>/match.pt (train_match.py) or --init,
+Reads   images and image labels of --data, CLIP, <out>/cls.pt (train_cls.py) or --init,
         <out>/prompts.pt (train_prompt.py)
 Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl
 
-    L_total = L_match + lambda L_refine,    L_refine = -log(1 - sim(v_f, u_b)),    v_f = E_I(X_f),
-                                            u_b = E_T(p_k)
+v_f, v_b, u_f and L_match as in train_match.py; u_b = E_T(p_k) of train_prompt.py, fixed:
 
-The prompts p_k are those of train_prompt.py, fixed. The other learning schemes of the arXiv version's Table
-6 are in ablations/schemes.py.
+    L_refine = -log(1 - sim(v_f, u_b)),   L_total = L_match + lambda L_refine              Eq. 3
+
+The other learning schemes of the arXiv version's Table 6 are in ablations/schemes.py.
 
     python train_refine.py --data /data/VOC2012 --out runs/voc
-    python train_refine.py --data /data/VOC2012 --out runs/voc --init runs/voc/cls.pt   # from WeakTr again
+    python train_refine.py --data /data/VOC2012 --out runs/voc --init runs/voc/match.pt   # on from (a)
     python train_refine.py --data /data/COCO --out runs/coco --split train --batch-size 24 --lr 2.4e-7 \\
         --lambda-b 0.75 --lambda-refine 0.2 --pool avg
 """
@@ -28,56 +27,45 @@ from wsss import clip_model, generator, losses, texts
 def parse():
     p = flags.parser(__doc__, batch_size=64)
     g = p.add_argument_group("SemPLeS (c)")
-    g.add_argument("--lambda-b", type=flags.number, default=2.4, help="weight of the background term of "
-                                                                      "L_match")
+    g.add_argument("--lambda-b", type=flags.number, default=2.4,
+                   help="weight of the background term of L_match")
     g.add_argument("--lambda-refine", type=flags.number, default=0.05,
                    help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
     g.add_argument("--prompts", choices=["learned", "random"], default="learned",
                    help="random: prompts as initialised, a row of Table 5")
-    g.add_argument("--init", help="generator to start from instead of <out>/match.pt: published or one of "
-                                  "ours")
+    g.add_argument("--init", help="generator to start from instead of <out>/cls.pt: published or ours")
     g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    g.add_argument("--raw-names", action="store_true",
+                   help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
+    # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b).
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1,
                    help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
-                   help="a removed pixel: mean colour, black, or mean colour by ImageNet's statistics "
-                        "(authors' code)")
-    g.add_argument("--pool", choices=["max", "avg"], help="pooling of S's attention fusion (max: VOC, avg: "
-                   "COCO); left out: what the file of S says, else max")
+                   help="what CLIP sees: pixels by its own statistics, removed ones mean colour; black: "
+                        "removed ones black; imagenet: all by ImageNet's statistics, as in the authors' code")
+    g.add_argument("--pool", choices=["max", "avg"],
+                   help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
     g.add_argument("--train-backbone", action="store_true", help="train all of S, as the text may be read")
     g.add_argument("--epochs", type=flags.positive, default=60)
-    g.add_argument("--lr", type=flags.number, default=6.4e-5, help="AdamW's rate: the paper's x batch / 512")
+    g.add_argument("--lr", type=flags.number, default=6.4e-5,
+                   help="AdamW's rate as it is used, whatever --batch-size; authors: 5e-4 x batch / 512")
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=float, default=0.08, help="least share of the image in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=True)
     g.add_argument("--erase", type=float, default=0.25, help="probability of random erasing")
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
-    g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth of a DeiT while S "
-                                                                      "trains")
+    g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth while S trains")
     flags.training(p)
     return p.parse_args()
-
-
-def load_prompts(args, clip, classes):
-    """-> BackgroundPrompts, learned by train_prompt.py with this CLIP, or as initialised."""
-    if args.prompts == "random":
-        return clip_model.BackgroundPrompts(clip, len(classes))
-    path = args.out / "prompts.pt"
-    content = checkpoints.load(path, "prompts", classes)
-    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
-    if learned != (args.inputs["clip"] or args.clip):
-        raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
-                         "again")
-    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
-    checkpoints.load_weights(prompts, content["model"], path)
-    return prompts
 
 
 def main():
     args = parse()
     run = processes.Run(args)
-    start = args.init or args.out / "match.pt"
+    # From the authors' code, not in the paper: (c) starts from the classification S again; only the prompts
+    # carry over from (a) and (b). Fig. 2 may be read as going on from (a): --init match.pt.
+    start = args.init or args.out / "cls.pt"
     learned = args.out / "prompts.pt" if args.prompts == "learned" else None
     keeper = checkpoints.Keeper(run, args, "refine.pt", start=start, clip=args.clip, prompts=learned)
     if keeper.finished:
@@ -86,12 +74,16 @@ def main():
     clip = networks.load_clip(args.clip, run)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     args.pool = S.pool
-    processes.seed_all(args.seed)                                            # random ones: on all ranks alike
-    prompts = load_prompts(args, clip, folder.classes)
-    processes.seed_all(args.seed + run.rank)
+    if args.prompts == "learned":
+        prompts = networks.load_prompts(args, clip, folder.classes)
+    else:                                                     # Table 5: as initialised, on all ranks the same
+        processes.seed_all(args.seed)
+        prompts = clip_model.BackgroundPrompts(clip, len(folder.classes))
+        processes.seed_all(args.seed + run.rank)
+    class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
     with torch.no_grad():
-        u_f = clip.encode_text(texts.class_texts(folder.classes))                     # (C, D), once
-        u_b = prompts()                                                          # (C, D), once: p_k are fixed
+        u_f = clip.encode_text(class_texts)                                           # (C, D), once
+        u_b = prompts()                                       # (C, D), once: p_k are fixed
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
     ids = folder.ids(args.split, args.limit)
@@ -99,15 +91,16 @@ def main():
     trained = generator.parameters_to_train(S, args.train_backbone)
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
-    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader))
+    S = keeper.begin(S, optimizer, schedule, loader, args.epochs * len(loader), texts=class_texts)
 
     for images, labels in keeper.steps():
-        b, k = run.pairs(labels)                                                      # (P,) image and class
+        b, k = run.pairs(labels)                                                      # (P,) image, class
         with run.autocast():
-            maps = losses.resize_map(S(images)[0][b, k], clip.size)                # (P, H, W) of CLIP's input
+            maps, _ = S(images)                                                       # (B, C, h, w)
+            maps = losses.resize_map(maps[b, k], clip.size)                           # (P, H, W), CLIP's size
             masks = losses.mask_from_map(maps, args.mask_eps)
             x_f, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
-            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b]), fill=args.mask_fill).chunk(2)    # (P, D)
+            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b]), fill=args.mask_fill).chunk(2)  # (P, D)
         match = run.mean(losses.match_loss(v_f, v_b, u_f[k], args.lambda_b))          # Eq. 1
         refine = run.mean(losses.refine_loss(v_f, u_b[k]))                            # Eq. 3
         loss = match + args.lambda_refine * refine

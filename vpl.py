@@ -1,5 +1,4 @@
-"""VPL phase 1, vision prototypes: what each class looks like in CLIP's own image space, learned from its
-text.
+"""VPL phase 1, vision prototypes: what each class looks like in CLIP's image space, learned from its text.
 
 Paper   VPL "Learning Vision Prototypes from Text Supervision", Eq. 3-11, Alg. 1
 Reads   images and image labels of --data, CLIP (a ViT)
@@ -7,18 +6,16 @@ Writes  <out>/prototypes.pt, <out>/prototypes.last.pt (to resume), <out>/prototy
         <out>/features/<id>.npy: float16 (n, D + 1), unit features x of the marked pixels, then their class
         (C: background); read again by a run that was interrupted, and not needed after it
 
-1. The texts Z mark pixels: GradCAM of every present class against the other present classes and all
-backgrounds
-   (CLIP-ES), refined by attention. A pixel is its strongest class's where that map is at least --phi, else it
-   is background where 1 - map is.
-2. P' = softmax(x . Z / tau_T) over the image's own classes and the backgrounds, x the pixel's feature in
-CLIP's space. 3. W starts at Z and minimises the mean of KL(P' || P), P = softmax(x . W / tau_I) over all
-columns, by projected
-   gradient descent.
-The gap is the distance between the mean of x and the mean of the prototypes, of Z before and of W after.
+1. The texts Z mark pixels: refined GradCAM maps (CLIP-ES) of every present class against the other present
+   classes and all backgrounds. A pixel belongs to its strongest class where that map is at least --phi, else
+   to the background where 1 - map is, else to nothing.
+2. P' = softmax(x . Z / tau_T) over the image's classes and the backgrounds; x: the pixel's feature in CLIP's
+   joint space.
+3. W starts at Z and minimises the mean of KL(P' || P), P = softmax(x . W / tau_I) over all columns, by
+   projected gradient descent.
 
-Maps by W are those of the texts with W for Z and tau_I for tau_T (make_cam.py --source vision). A larger tau
-alone changes the texts' maps too, so compare at the same one.
+The gap is the distance between the mean of x and the mean of the prototypes, of Z before and of W after.
+Maps by W are those of the texts with W for Z and tau_I for tau_T: make_cam.py --source vision.
 
     python vpl.py --data /data/VOC2012 --out runs/voc
     torchrun --nproc_per_node 4 vpl.py --data /data/COCO --out runs/coco --split train --box 0.7
@@ -38,15 +35,14 @@ def parse():
     g = p.add_argument_group("what the texts mark (CLIP-ES)")
     g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a ViT")
     g.add_argument("--prompt", choices=list(texts.PROMPTS), default="ensemble",
-                   help="texts of classes and backgrounds (Table 4): 'a photo of a {}.', or CLIP-ES's 'a "
-                        "clean origami {}.' with synonyms")
-    g.add_argument("--tau-t", type=flags.above_zero, default=0.01, help="CLIP's own temperature: 1 / its "
-                                                                        "logit scale")
+                   help="texts of classes and backgrounds (Table 4): 'a photo of a {}.'; CLIP-ES's 'a clean "
+                        "origami {}.' with synonyms; or the mean over seven templates")
+    g.add_argument("--tau-t", type=flags.above_zero, default=0.01,
+                   help="CLIP's own temperature: 1 / its logit scale")
     g.add_argument("--affinity", action=argparse.BooleanOptionalAction, default=True,
                    help="refine the maps by attention (CLIP-ES's CAA)")
     g.add_argument("--box", type=flags.share, default=0.4,
-                   help="refined inside the boxes of a map's parts above this share of its maximum (0.7: "
-                        "COCO)")
+                   help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
     g.add_argument("--max-side", type=flags.natural, default=640,
                    help="CLIP sees larger images at this longer side; 0: as they are")
     g.add_argument("--phi", type=flags.share, default=0.4, help="least map value of a marked pixel (Table 6)")
@@ -62,21 +58,24 @@ def parse():
                    help="x of every marked pixel, or their mean over each class of an image")
     g.add_argument("--target", choices=["soft", "hard"], default="soft",
                    help="P' by the texts (Eq. 7), or by the maps (Eq. 3): 1 for the marked class")
+    g.add_argument("--harden", type=flags.share, default=0.0,
+                   help="rows of P' whose maximum exceeds this become one-hot, as in InMaP (0.6); 0: none")
     g.add_argument("--label-mask", action=argparse.BooleanOptionalAction, default=True,
                    help="leave the classes that an image does not hold out of its P'")
     g.add_argument("--learn-background", action=argparse.BooleanOptionalAction, default=True,
-                   help="learn the backgrounds' prototypes too; else they stay texts, and background pixels "
-                        "go")
-    g.add_argument("--tau-i", type=flags.above_zero, default=0.03, help="temperature of the prototypes "
-                                                                        "(Table 5)")
+                   help="learn the backgrounds' prototypes too; else they stay texts and mark no pixels")
+    g.add_argument("--tau-i", type=flags.above_zero, default=0.03,
+                   help="temperature of the prototypes (Table 5)")
     g.add_argument("--steps", type=flags.positive, default=3000, help="steps over all pixels (T_w, Table 7)")
+    g.add_argument("--modify-gap", action="store_true",
+                   help="a row of Table 4: no learning, the texts are shifted by the gap between the means")
     g.add_argument("--lr", type=flags.above_zero, default=10.0,
                    help="first rate; it halves whenever the norm of the gradient grows")
     flags.training(p, log_every=50)
     return p.parse_args()
 
 
-NOT_OF_FEATURES = ("tau_i", "target", "label_mask", "steps", "lr", "batch_size")  # <out>/features is the same
+NOT_OF_FEATURES = ("tau_i", "target", "harden", "label_mask", "steps", "lr", "modify_gap", "batch_size")
 
 
 # ---------------------------------------------------------------- what the texts mark
@@ -99,8 +98,8 @@ def choose(x, marked, number, quota, args):
     x, marked = x[kept], marked[kept]
     if args.pool == "region":
         kinds = marked.unique()
-        # mean of each class's pixels
-        x, marked = F.normalize((kinds[:, None] == marked).to(x) @ x, dim=1), kinds
+        x = F.normalize((kinds[:, None] == marked).to(x) @ x, dim=1)  # the mean of each class's
+        marked = kinds
     if len(x) > quota:
         draw = torch.Generator().manual_seed(hash((args.seed, number)) & 0x7FFFFFFFFFFFFFFF)
         drawn = torch.randperm(len(x), generator=draw)[:quota].sort()[0].to(x.device)
@@ -139,10 +138,11 @@ def text_targets(x, marked, label, Z, args):
     owner = torch.arange(M, device=x.device).clamp(max=C)                             # (M,) a column's class
     allowed = None
     if args.target == "hard":
-        allowed = marked[:, None] == owner                                    # one class, or every background
+        allowed = marked[:, None] == owner                    # one class, or every background
     elif args.label_mask:
         allowed = F.pad(label, (0, M - C), value=1).bool().expand(len(x), -1)
-    return losses.assignment(x, Z, args.tau_t, allowed)                               # Eq. 5
+    p_text = losses.assignment(x, Z, args.tau_t, allowed)                             # Eq. 5
+    return losses.harden(p_text, args.harden) if args.harden else p_text
 
 
 def read_features(Z, ids, labels, args, run):
@@ -179,13 +179,13 @@ def main():
                          "no bound")
 
     clip = networks.load_clip(args.clip, run, vit=True)
-    # (M, D): classes, backgrounds
-    Z = clip.encode_text(texts.prompt_texts(classes, backgrounds, args.prompt))
+    prompts = texts.prompt_texts(classes, backgrounds, args.prompt)
+    Z = clip.encode_ensemble(prompts)                         # (M, D): classes, backgrounds
     checkpoints.open_folder(args.out / "features", args, run, NOT_OF_FEATURES, keep=True, classes=classes,
                             backgrounds=backgrounds)
     collect_features(clip, Z, folder, ids, labels, args, run)
     run.barrier()
-    x, p_text, pixels = read_features(Z, ids, labels, args, run)              # (n, D), (n, M) of this process
+    x, p_text, pixels = read_features(Z, ids, labels, args, run)  # (n, D), (n, M) of this process
     pixels = run.sum(pixels).tolist()
     n = sum(pixels)
     if sum(pixels[:-1]) == 0:
@@ -198,16 +198,18 @@ def main():
         return (mean - learned.double().mean(0)).norm().item()
 
     W, lr, norm, begin = Z.double(), args.lr, torch.inf, 0
+    if args.modify_gap:                                                               # Liang et al. 2022
+        W, begin = F.normalize(W + mean - W.mean(0), dim=1), args.steps
     if not args.resume:
         keeper.last.unlink(missing_ok=True)
-    if keeper.last.exists():
+    if keeper.last.exists() and not args.modify_gap:
         state = checkpoints.load(keeper.last, "descent", classes, run.device)
         checkpoints.same_recipe(keeper.last, state["args"], args)
         W, lr, norm, begin = (state[name] for name in ("W", "lr", "norm", "step"))
-    write_row = log.Log(args.out / "prototypes.jsonl", args, run, begin)
+    write_row = log.Log(args.out / "prototypes.jsonl", args, run, begin, texts=prompts)
 
     for step in run.progress(range(begin + 1, args.steps + 1), "prototypes", args.steps, begin):
-        gradient, loss = losses.prototype_gradient(x, W, p_text, args.tau_i)     # Eq. 7, 10: sums over pixels
+        gradient, loss = losses.prototype_gradient(x, W, p_text, args.tau_i)  # Eq. 7, 10: sums over pixels
         gradient, loss = run.sum(gradient) / n, run.sum(loss) / n
         if not args.learn_background:
             gradient[len(classes):] = 0
@@ -216,8 +218,7 @@ def main():
 
         shown, stopping = step == 1 or step % args.log_every == 0 or step == args.steps, run.stopping()
         save_now = stopping or step % args.save_every == 0
-        # NaN, or a rate that overflows
-        if (shown or save_now) and not ((W.norm(dim=1) - 1).abs() < 1e-3).all():
+        if (shown or save_now) and not ((W.norm(dim=1) - 1).abs() < 1e-3).all():      # NaN, or an overflow
             raise ValueError(f"after step {step} the prototypes are not of unit length: take a smaller --lr "
                              f"than {args.lr:g}; the last saved state is from before")
         if shown:

@@ -1,14 +1,14 @@
 """The other learning schemes of SemPLeS (arXiv, Table 6): joint training, alternate rounds of (b) and (c).
 
 Paper   SemPLeS 3.2, Eq. 1 to 3; Table 6 of the arXiv version
-Reads   images and image labels of --data, CLIP; joint: <out>/cls.pt (train_cls.py);
-        alternate: <out>/match.pt (train_match.py), <out>/prompts.pt (train_prompt.py); or --init for S
+Reads   images and image labels of --data, CLIP, <out>/cls.pt (train_cls.py) or --init for S;
+        alternate: <out>/prompts.pt (train_prompt.py)
 Writes  <out>/refine.pt, <out>/refine.last.pt (to resume), <out>/refine.jsonl, as train_refine.py does
 
 joint        S and fresh prompts train at once, by L_match + lambda L_refine + L_prompt, for --epochs epochs.
              The prompts are detached in L_refine, S is detached in L_prompt.
-alternate    (c) from (a); then (b) with the new S and (c) with the new prompts, until there are --rounds
-             rounds of (c). Each has --epochs epochs. One round is train_refine.py.
+alternate    (c) as train_refine.py; then (b) with the new S and (c) with the new prompts, until there are
+             --rounds rounds of (c). Each has --epochs epochs. One round is train_refine.py.
 
     python -m ablations.schemes --data data/toy --out runs/joint --scheme joint --init runs/toy/cls.pt
     python -m ablations.schemes --data /data/VOC2012 --out runs/voc --scheme alternate --rounds 2
@@ -146,26 +146,11 @@ def take_step(keeper, loss, **parts):
         keeper.after(loss=loss, **parts)
 
 
-def load_prompts(args, clip, classes):
-    """-> BackgroundPrompts: fresh ones in joint, in alternate those of train_prompt.py with this CLIP."""
-    if args.scheme == "joint":
-        return clip_model.BackgroundPrompts(clip, len(classes), args.prompt_length, args.prompt_init)
-    path = args.out / "prompts.pt"
-    content = checkpoints.load(path, "prompts", classes)
-    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
-    if learned != (args.inputs["clip"] or args.clip):
-        raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
-                         "again")
-    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
-    checkpoints.load_weights(prompts, content["model"], path)
-    return prompts
-
-
 def main():
     args = parse()
     run = processes.Run(args)
     joint = args.scheme == "joint"
-    start = args.init or args.out / ("cls.pt" if joint else "match.pt")
+    start = args.init or args.out / "cls.pt"
     learned = None if joint else args.out / "prompts.pt"
     keeper = checkpoints.Keeper(run, args, "refine.pt", start=start, clip=args.clip, prompts=learned)
     if keeper.finished:
@@ -175,7 +160,11 @@ def main():
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     args.pool = S.pool
     processes.seed_all(args.seed)                                             # the same prompts on all ranks
-    prompts = load_prompts(args, clip, folder.classes)
+    if joint:
+        prompts = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length,
+                                               args.prompt_init)
+    else:
+        prompts = networks.load_prompts(args, clip, folder.classes)
     processes.seed_all(args.seed + run.rank)
     u_f = clip.encode_text(texts.class_texts(folder.classes))                 # (C, D), once
 

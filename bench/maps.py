@@ -16,6 +16,7 @@ S (DeiT-S, 20 classes), scales 1 and 1.2 and flips, two classes an image; here: 
     python -m bench.maps
     python -m bench.maps --device cuda --images 16 --runs 10
 """
+import argparse
 import statistics
 
 import torch
@@ -133,8 +134,11 @@ def one_by_one(S, images, k, scales):
     for image, present in zip(images, k):
         total = 0
         for scale in scales:
-            at = [round(n * scale) for n in size]
-            scaled = F.interpolate(image[None], at, mode="bilinear", align_corners=False)
+            scaled = image[None]
+            if scale != 1:                                    # as PIL's bicubic of 8-bit pixels
+                at = [round(n * scale) for n in size]
+                scaled = F.interpolate(scaled, at, mode="bicubic", antialias=True, align_corners=False)
+                scaled = (255 * scaled).round().clamp(0, 255) / 255
             for flip in (False, True):
                 maps = S.maps(scaled.flip(-1) if flip else scaled)
                 maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)[0]     # (C, H, W)
@@ -150,10 +154,10 @@ def in_batches(S, images, k, scales, batch):
     def raw(images, b, k):
         return S.maps(images)[b, k]
 
-    found = []
+    found, args = [], argparse.Namespace(scales=scales, flip=True, source="refine")
     for part, present in zip(images.split(batch), k.split(batch)):
         b = torch.arange(len(part), device=k.device).repeat_interleave(k.shape[1])
-        maps = make_maps(raw, part, b, present.flatten(), scales, flip=True)
+        maps = make_maps(raw, part, b, present.flatten(), args)
         found.append(maps.unflatten(0, present.shape))
     return torch.cat(found)
 

@@ -148,7 +148,8 @@ class Plain:
 
     def regions(self, images, labels, eps):
         """-> foregrounds and backgrounds: lists of a class and the regions (n, 3, H, W) of its images"""
-        maps = F.interpolate(self.S(images)[0], (self.size, self.size), mode="bilinear")      # (B, C, H, W)
+        maps = F.interpolate(self.S(images)[0], (self.size, self.size), mode="bilinear",
+                             align_corners=True)                                      # (B, C, H, W)
         x = (images - self.mean) / self.std
         fore, back = [], []
         for k in range(labels.shape[1]):

@@ -30,7 +30,7 @@ import torch
 
 from hosts import clims
 from plumbing import checkpoints, files, flags, folders, guard, networks, processes, samples
-from wsss import clip_model, losses, texts
+from wsss import losses, texts
 
 
 def parse():
@@ -47,7 +47,8 @@ def parse():
     g.add_argument("--tau-cbs", type=float, default=0.26,
                    help="L_CBS counts a text from this cosine on (COCO: 0.285)")
     g.add_argument("--background-texts", default="clims",
-                   help="backgrounds of L_CBS: clims for CLIMS's ten, or a file of names, one a line")
+                   help="backgrounds of L_CBS: clims for CLIMS's own (VOC ten, COCO 88), or a file of names, "
+                        "one a line")
     g.add_argument("--lambda-reg", type=flags.number, default=0.2,
                    help="weight of L_REG, the mean of all maps; raise it if masks swallow the image")
     # Differs from the paper: it gives no lambda for CLIMS. This is its 0.05 times lambda_match.
@@ -82,22 +83,9 @@ def load_start(path, run, classes):
     return S
 
 
-def load_prompts(args, clip, classes):
-    """-> u_b (C, D) of the prompts that train_prompt.py has learned with this CLIP."""
-    path = args.out / "prompts.pt"
-    content = checkpoints.load(path, "prompts", classes)
-    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
-    if learned != (args.inputs["clip"] or args.clip):
-        raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
-                         "again")
-    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
-    checkpoints.load_weights(prompts, content["model"], path)
-    return prompts().detach()
-
-
-def background_names(given):
+def background_names(given, classes):
     if given == "clims":
-        return texts.CLIMS_BACKGROUNDS
+        return texts.clims_backgrounds(classes)
     names = [line.strip() for line in files.read_lines(given) if line.strip()]
     if not names:
         raise ValueError(f"{given} is empty: write a name a line")
@@ -118,8 +106,9 @@ def main():
     clip = networks.load_clip(args.clip, run)
     S = load_start(start, run, folder.classes)
     u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
-    u_t = clip.encode_text(texts.class_texts(background_names(args.background_texts)))        # (T, D)
-    u_b = load_prompts(args, clip, folder.classes) if refines else None               # (C, D), fixed
+    names = background_names(args.background_texts, folder.classes)
+    u_t = clip.encode_text(texts.fill("a photo of {}.", names))                       # (T, D)
+    u_b = networks.load_prompts(args, clip, folder.classes)().detach() if refines else None       # (C, D)
 
     ids = folder.ids(args.split, args.limit)
     augment = samples.train_transform(args.crop, args.min_scale)

@@ -1,2 +1,1 @@
-"""What no paper describes, a module a job. Each imports only modules before it in tests/test_layout.py's
-list."""
+"""What no paper describes, a module a job. Each imports only those before it in tests/test_layout.py."""

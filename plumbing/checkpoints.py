@@ -174,21 +174,21 @@ class Keeper:
             return
         guard.claim(self.path)
 
-    def begin(self, model, optimizer, schedule, loader, steps):
-        """-> `model` for the loop: in training mode, under DDP, at the state that an interrupted run has
-        left."""
+    def begin(self, model, optimizer, schedule, loader, steps, **facts):
+        """-> `model` for the loop: in training mode, under DDP, at the state that an earlier run has left.
+
+        `facts` go into the log's first line."""
         self.model, self.optimizer, self.schedule, self.loader = model.train(), optimizer, schedule, loader
         self.scaler, self.total, self.done = self.run.scaler(), steps, 0
         self.resume()
-        self.log = log.Log(self.path.with_suffix(".jsonl"), self.args, self.run, self.done)
+        self.log = log.Log(self.path.with_suffix(".jsonl"), self.args, self.run, self.done, **facts)
         self.meter = log.Meter(self.run)
         return self.run.parallel(model)
 
     def steps(self, epoch_of=None):
         """Yields (images, targets) of every step that is left; images are on the device.
 
-        `epoch_of()` gives one epoch's batches instead of the loader; the last part of each is its image
-        numbers."""
+        `epoch_of()` gives an epoch's batches instead of the loader, each with its image numbers last."""
         batches = self.loader.batch_sampler
         with self.run.progress(None, self.stage, self.total, self.done) as bar:
             while self.done < self.total:

@@ -14,8 +14,7 @@ class Export(NamedTuple):
 
 
 def write_irn(file, classes, cam, size):
-    """keys 0..C-1, maps at a quarter of the size and at full size; tensors, since IRN's next stage calls
-    cam.cuda()."""
+    """keys 0..C-1, maps at a quarter and at full size; tensors: IRN's next stage calls cam.cuda()."""
     small = resize_maps(cam, [(n - 1) // 4 + 1 for n in size])
     content = {"keys": torch.as_tensor(classes), "cam": small, "high_res": resize_maps(cam, size).numpy()}
     np.save(file, content, allow_pickle=True)

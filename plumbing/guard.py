@@ -32,8 +32,7 @@ except ImportError:
 # ---------------------------------------------------------------- the way out
 
 def run(main):
-    """Runs a script's main. Bad input ends in one line and exit 1, Ctrl-C in one and 130; a bug keeps its
-    traceback."""
+    """Runs a script's main. Bad input ends in a line and exit 1, Ctrl-C in 130; a bug keeps its traceback."""
     STOP.listen()
     try:
         main()
@@ -83,8 +82,7 @@ def end_interrupted(saved=""):
 
 
 def report(line, later=0):
-    """`line` after the script's name. torchrun, which shows the first failure among its processes, gets it
-    too."""
+    """`line` after the script's name; also where torchrun looks for the first failure of its processes."""
     line = f"{Path(sys.argv[0]).name}: {line}"
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
         extra = {"py_callstack": line, "timestamp": str(int(time.time()) + later)}
@@ -95,8 +93,7 @@ def report(line, later=0):
 
 
 def is_refusal(error):
-    """True for what this repo or the operating system refuses, here or in a loader process; else it is a
-    bug."""
+    """True for what this repo or the system refuses, here or in a loader process; else it is a bug."""
     if isinstance(error, OSError):
         return True
     frames = re.findall(r'File "([^"]+)", line', f"{error} {error.__cause__}")  # a worker's traceback is text
@@ -120,8 +117,7 @@ def one_line(error):
 class Stop:
     """What Ctrl-C and SIGTERM do: they end the run at once, or, while `later`, the first is only noted.
 
-    A training loop sets `later`: its step is then finished and saved before the run ends. A second signal
-    ends it."""
+    A training loop sets `later`: its step is then finished and saved first. A second signal ends it."""
 
     def __init__(self):
         self.signal = self.agreed = self.count = self.time = 0
@@ -152,8 +148,7 @@ class Stop:
             raise KeyboardInterrupt
 
     def miss(self, error):
-        """Where Python lets no exception through, as around a fork, the signal is sent again a moment
-        later."""
+        """Where Python lets no exception through, as around a fork: the signal is sent again a bit later."""
         if error.exc_type is not KeyboardInterrupt:
             return self.hook(error)
         self.count, self.time = self.count - 1, 0
@@ -183,8 +178,7 @@ def leave(path, step):
 
 
 def ignore_signals(worker):
-    """For a loader process: Ctrl-C, and one SIGTERM, are its parent's to handle, which finishes its step
-    first."""
+    """For a loader process: Ctrl-C, and one SIGTERM, are its parent's, which finishes its step first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
 

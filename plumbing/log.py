@@ -23,7 +23,7 @@ class Log:
     Resumed at `step`, it drops what was logged after the state that is resumed from. A line of the step at
     which Ctrl-C or SIGTERM saved the state stays; the next line's means start there."""
 
-    def __init__(self, path, args, run, step=0):
+    def __init__(self, path, args, run, step=0, **facts):
         self.path, self.run, self.start = Path(path), run, time.time()
         if not run.main:
             return
@@ -32,7 +32,7 @@ class Log:
             kept = [row for row in read_log(self.path)[1] if row["step"] <= step]
         if kept:
             self.start -= kept[-1]["seconds"]
-        head = {"args": flags.plain(args), "versions": versions(), "world": run.world}
+        head = {"args": flags.plain(args), "versions": versions(), "world": run.world, **facts}
         with files.atomic(self.path) as beside:
             beside.write_text("".join(json.dumps(row) + "\n" for row in [head, *kept]))
 

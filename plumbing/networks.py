@@ -54,6 +54,19 @@ def open_clip_file(name):
                                 "or pass the path of the file") from None
 
 
+def load_prompts(args, clip, classes):
+    """<out>/prompts.pt (train_prompt.py), learned with this CLIP -> BackgroundPrompts"""
+    path = args.out / "prompts.pt"
+    content = checkpoints.load(path, "prompts", classes)
+    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
+    if learned != (args.inputs["clip"] or args.clip):
+        raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
+                         "again")
+    prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
+    checkpoints.load_weights(prompts, content["model"], path)
+    return prompts
+
+
 def load_prototypes(path, folder, backgrounds, clip):
     """The content of prototypes.pt (vpl.py), learned for this folder's classes and backgrounds with this
     CLIP."""
@@ -174,7 +187,8 @@ def what_else(state, content):
 
 # ---------------------------------------------------------------- segmentation networks
 
-SEGMENTERS = ("deeplabv2_resnet101", "segmenter_deit_small", "deeplab_toy", "segmenter_toy")
+SEGMENTERS = ("deeplabv2_resnet101", "deeplabv2_resnet101_caffe", "segmenter_deit_small", "deeplab_toy",
+              "segmenter_toy")
 
 
 def new_segmenter(name, num_classes, init="none", classes=None):
@@ -183,6 +197,9 @@ def new_segmenter(name, num_classes, init="none", classes=None):
     if name == "deeplabv2_resnet101":
         backbone = segmenter.dilated_resnet101()
         model = segmenter.DeepLabV2(backbone, 2048, num_classes, stride=8, dilations=(6, 12, 18, 24))
+    elif name == "deeplabv2_resnet101_caffe":
+        backbone = segmenter.caffe_resnet101()
+        model = segmenter.DeepLabV2(backbone, 2048, num_classes, 8, (6, 12, 18, 24), segmenter.CAFFE)
     elif name == "segmenter_deit_small":
         model = segmenter.Segmenter(num_classes)
     else:
@@ -196,6 +213,8 @@ def new_segmenter(name, num_classes, init="none", classes=None):
     elif init != "none":
         content = weights.read(init)
         state, notes = weights.state_of(content, init)
+        if name.endswith("_caffe") and model.mark not in state:
+            state = weights.fit(init, weights.rename_deeplab, state)
         checkpoints.check_classes(init, content.get("classes") if "stage" in content else None, classes)
         weights.fit(init, model.load_state_dict if model.mark in state else model.load_backbone, state)
         if "stage" not in content:
@@ -203,13 +222,13 @@ def new_segmenter(name, num_classes, init="none", classes=None):
     return model
 
 
-def new_decoder(clip, prototypes, width):
+def new_decoder(clip, prototypes, width, logits):
     """VPL's ClipDecoder on the frozen CLIP, with the prototypes of a prototypes.pt."""
     visual = clip.model.visual
     return segmenter.ClipDecoder(
         lambda images: gradcam.block_outputs(clip, images), visual.conv1.out_channels,
         len(visual.transformer.resblocks) - 1, prototypes["model"]["prototypes"], len(prototypes["classes"]),
-        prototypes["tau_i"], width)
+        prototypes["tau_i"], width, logits)
 
 
 def load_segmenter(path, run, clip=None):
@@ -227,7 +246,7 @@ def load_segmenter(path, run, clip=None):
             raise ValueError(f"{path} was trained on another CLIP than {clip or args['clip']}: "
                              "give its name or file with --clip")
         prototypes = {"model": state, "classes": classes, "tau_i": state["tau"].item()}
-        model = new_decoder(frozen, prototypes, args["width"])
+        model = new_decoder(frozen, prototypes, args["width"], args["logits"])
     else:
         model = new_segmenter(args["model"], len(classes))
         if args["model"].startswith("segmenter"):             # images as large as in training, a third shared

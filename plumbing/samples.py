@@ -11,6 +11,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from plumbing import guard
+from plumbing.augment import rand_augment
 from plumbing.images import decode, image_size, load_image, opened, shown_size, to_tensor
 from plumbing.masks import IGNORE, load_mask
 
@@ -57,23 +58,23 @@ STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
 class Erase(v2.RandomErasing):
-    """Random erasing by noise: the mean colour +- its spread, cut to [0, 1]."""
+    """Random erasing by noise that is N(0, 1) in every channel once a network has normalised the image."""
 
     def make_params(self, flat_inputs):
         drawn = super().make_params(flat_inputs)
         if drawn["v"] is not None:
-            drawn["v"] = (drawn["v"] * STD + MEAN).clamp(0, 1)
+            drawn["v"] = drawn["v"] * STD + MEAN
         return drawn
 
 
 def train_transform(size, min_scale=0.08, randaugment=False, erase=0.0):
     """-> function of an image's path: RandomResizedCrop and flip; RandAugment and random erasing in (a),
     (c)."""
-    bicubic, bilinear = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
-    crop = v2.RandomResizedCrop(size, scale=(min_scale, 1), interpolation=bicubic, antialias=True)
+    crop = v2.RandomResizedCrop(size, scale=(min_scale, 1), interpolation=v2.InterpolationMode.BICUBIC,
+                                antialias=True)
     steps = [v2.RandomHorizontalFlip()]
-    if randaugment:                                           # magnitude 9 of 10, as timm counts
-        steps.append(v2.RandAugment(magnitude=9, num_magnitude_bins=11, interpolation=bilinear))
+    if randaugment:
+        steps += [v2.ToPILImage(), rand_augment, v2.ToImage()]
     steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
     if erase:
         steps.append(Erase(erase, value="random", inplace=True))

@@ -180,6 +180,32 @@ def rename_irn(state, path):
     return merged
 
 
+DEEPLAB_PARTS = {"reduce": ("conv1", "bn1"), "conv3x3": ("conv2", "bn2"), "increase": ("conv3", "bn3"),
+                 "shortcut": ("downsample.0", "downsample.1")}
+
+
+def rename_deeplab(state):
+    """The backbone of deeplab-pytorch's weights under torchvision's names, for RGB; its last layers are left
+    out."""
+    renamed = {}
+    for name, value in state.items():
+        name = name.removeprefix("base.")
+        if name.startswith(("aspp.", "fc.")):
+            continue
+        layer, block, *rest = name.split(".")
+        if layer == "layer1":                                 # layer1.conv1.conv.weight
+            part = {"conv": "conv1", "bn": "bn1"}[rest[0]]
+            renamed[f"{part}.{rest[1]}"] = value.flip(1) if rest[0] == "conv" else value       # from BGR
+        else:                                                 # layer2.block1.reduce.conv.weight
+            conv, bn = DEEPLAB_PARTS[rest[0]]
+            number = int(block.removeprefix("block")) - 1
+            part = conv if rest[1] == "conv" else bn
+            renamed[f"layer{int(layer[-1]) - 1}.{number}.{part}.{rest[2]}"] = value
+    counts = {name.replace("running_mean", "num_batches_tracked"): torch.zeros((), dtype=torch.long)
+              for name in renamed if name.endswith("running_mean")}
+    return {**counts, **renamed}                              # older files have no counts
+
+
 # ---------------------------------------------------------------- the Hugging Face hub
 
 def from_hub(name):

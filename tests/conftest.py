@@ -23,7 +23,7 @@ torch.set_num_threads(1)
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")        # as processes.Run does on a CPU
 
-from plumbing import flags, guard, masks  # noqa: E402
+from plumbing import flags, guard, log, masks  # noqa: E402
 from tests.rigs import launch  # noqa: E402
 
 CLASSES = ["train", "boat", "cow"]
@@ -33,8 +33,7 @@ LABELS = {"a_1": [0], "a_2": [1, 2], "a_3": [], "a_4": [0, 2], "a_5": [1]}
 # ---------------------------------------------------------------- data
 
 def make_folder(root, labels=LABELS, size=(30, 40), seed=0, classes=CLASSES):
-    """Images of noise, masks of one rectangle a class with a 255 border, lists `train` (all) and `val` (the
-    first two)."""
+    """Images of noise, masks of a rectangle a class with a 255 border, lists train and val (two)."""
     rng = np.random.default_rng(seed)
     for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (root / name).mkdir(parents=True)
@@ -64,11 +63,8 @@ def voc(tmp_path):
 
 @pytest.fixture(scope="session")
 def tiny_clip(tmp_path_factory):
-    """A random CLIP of OpenAI's architecture in a few channels, as a plain state dict, with the real
-    vocabulary.
-
-    Both towers lean towards one direction: cosines are about a half, as in a trained CLIP. At random they
-    would be clamped and have no gradient."""
+    """A random CLIP of OpenAI's architecture in a few channels, with the real vocabulary. Both towers lean
+    one way, so that cosines are about a half: at random they would be clamped, without gradient."""
     from clip.model import CLIP
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("clip") / "clip.pt"
@@ -93,28 +89,9 @@ def leave_nothing_behind():
 
 # ---------------------------------------------------------------- running scripts
 
-def run(script, *flags, processes=1, check=True, timeout=120, env=None, **kwargs):
-    """Runs a script, or a module such as hosts.train_clims, as a user does; with several processes under
-    torchrun.
-
-    -> the finished process, its output as text."""
-    head = [sys.executable]
-    if processes > 1:
-        head += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    target = [str(script)] if str(script).endswith(".py") else ["-m", str(script)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **(env or {})}
-    done = subprocess.run([*head, *target, *map(str, flags)], cwd=ROOT, capture_output=True, text=True,
-                          timeout=timeout, env=env, **kwargs)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
 
 def run_together(jobs, folder, processes=2):
-    """Several stages, each (script, *flags), one after the other in the same processes; a start of torchrun
-    would take seconds for each of them.
-
-    -> the finished processes, their output as text."""
+    """Several stages, each (script, *flags), one after the other in the same processes -> their output."""
     output = folder / "output.txt"
     output.unlink(missing_ok=True)
     codes = launch.together(jobs, output, processes)
@@ -123,8 +100,7 @@ def run_together(jobs, folder, processes=2):
 
 
 def call(script, *flags):
-    """A script or module in this process, which spares its start of seconds: call("eval.py", "--out", x),
-    call("hosts.train_clims", ...)."""
+    """A script or module in this process, which spares its start of seconds: call("eval.py", "--out", x)"""
     module = importlib.import_module(script.removesuffix(".py"))
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv
     sys.argv = [module.__file__, *map(str, flags)]
@@ -184,6 +160,21 @@ def arguments(out, *more, **values):
     flags.training(p)
     given = ["--data", "nowhere", "--out", str(out), "--device", "cpu", "--amp", "off", *more]
     return argparse.Namespace(**{**vars(p.parse_args(given)), **values})
+
+
+@pytest.fixture
+def ctrl_c(monkeypatch):
+    """Ctrl-C in the third step of the training that follows. -> a list that grows by one a step"""
+    steps, add = [], log.Meter.add
+
+    def strike(*args, **values):
+        add(*args, **values)
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(log.Meter, "add", strike)
+    return steps
 
 
 # ---------------------------------------------------------------- looking at results

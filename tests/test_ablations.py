@@ -1,18 +1,17 @@
-"""ablations/: steps of the schemes against a plain transcription; what the tables share; their commands."""
-import argparse
+"""ablations/: steps of the schemes against a plain transcription; the commands and shares of the tables."""
 import importlib
 import math
-import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES, ROOT, make_folder, rows, same, weights
+from conftest import CLASSES, ROOT, call, make_folder, rows, same, weights
 
-from ablations import hosts, masks, pairs, schemes, table5, toy_world, vpl_tables
+from ablations import hosts, masks, pairs, table5, vpl_tables
 from plumbing import checkpoints, files, folders, samples
 from toy.networks import ToyCNN
 from wsss import clip_model, texts
@@ -24,7 +23,7 @@ TEXT, B, EPS, EPS_PROMPT, LR, LR_PROMPTS = 0.5, 2.4, 0.1, 0.03, 1e-3, 0.025
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory, tiny_clip):
-    """Five images, which are one batch, with cls.pt, match.pt and prompts.pt of random weights."""
+    """Five images, which are one batch, with cls.pt and prompts.pt of random weights."""
     root = tmp_path_factory.mktemp("world")
     make_folder(root / "data")
     torch.manual_seed(0)
@@ -32,52 +31,32 @@ def world(tmp_path_factory, tiny_clip):
     S.load_imagenet(torch.load(ROOT / "weights/toy_backbone.pt", weights_only=True)["model"])
     prompts = clip_model.BackgroundPrompts(clip_model.load_clip(tiny_clip), len(CLASSES), 4)
     found = {"clip": str(tiny_clip), "inputs": {"clip": files.fingerprint(tiny_clip)}}
-    for stage, model in (("cls", S), ("match", S), ("prompts", prompts)):
+    for stage, model in (("cls", S), ("prompts", prompts)):
         checkpoints.save(root / f"{stage}.pt", stage=stage, model=model.state_dict(), classes=CLASSES,
                          args=found)
     return root
 
 
-def train(world, out, clip, *more, script="ablations.schemes"):
-    for name in ("cls.pt", "match.pt", "prompts.pt"):
+def train(world, out, clip, *more, script="ablations.schemes", code=0):
+    for name in ("cls.pt", "prompts.pt"):
         pairs.link(world / name, out)
-    pairs.stage(script, "--data", world / "data", "--out", out, "--clip", clip, *TRAIN, *more)
-    return torch.load(out / "refine.pt", weights_only=True)
-
-
-@pytest.fixture(autouse=True)
-def arguments(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["pytest"])              # pairs.stage sets them
+    done = call(script, "--data", world / "data", "--out", out, "--clip", clip, *TRAIN, *more)
+    assert done.returncode == code, done.stderr
+    return None if code else torch.load(out / "refine.pt", weights_only=True)
 
 
 # ---------------------------------------------------------------- the schemes
-
-class Adam:
-    """AdamW as its paper writes it, decay 0.03."""
-
-    def __init__(self, weights):
-        self.weights, self.t = weights, 0
-        self.m, self.v = ([torch.zeros_like(w) for w in weights] for _ in range(2))
-
-    @torch.no_grad()
-    def step(self, gradients, lr):
-        self.t += 1
-        for w, g, m, v in zip(self.weights, gradients, self.m, self.v):
-            m.copy_(0.9 * m + 0.1 * g)
-            v.copy_(0.999 * v + 0.001 * g * g)
-            change = (m / (1 - 0.9 ** self.t)) / ((v / (1 - 0.999 ** self.t)).sqrt() + 1e-8)
-            w.copy_(w * (1 - 0.03 * lr) - lr * change)
-
 
 class Transcription:
     """One step of each kind, pair by pair."""
 
     def __init__(self, world, clip, prompts):
-        self.clip, self.folder = clip_model.load_clip(clip), folders.Folder(world / "data")
+        self.clip, self.folder = clip, folders.Folder(world / "data")
         self.S = ToyCNN(len(CLASSES)).eval()
-        self.S.load_state_dict(weights(world / "match.pt"))
+        self.S.load_state_dict(weights(world / "cls.pt"))
         self.prompts = prompts
-        self.head, self.vectors = Adam(list(self.S.head.parameters())), Adam([prompts.vectors])
+        self.head = torch.optim.AdamW(self.S.head.parameters(), weight_decay=0.03)
+        self.vectors = torch.optim.AdamW([prompts.vectors], weight_decay=0.03)
         self.u_f = self.clip.encode_text(texts.class_texts(CLASSES))
         self.ids = self.folder.ids("train")
         self.samples = samples.Samples(self.folder, self.ids, samples.train_transform(24), 0)
@@ -90,7 +69,7 @@ class Transcription:
             x = self.clip.normalize(image[None])
             for k in label.nonzero()[:, 0].tolist():
                 cam = self.S(image[None])[0][:, [k]]
-                cam = F.interpolate(cam, (size, size), mode="bilinear")
+                cam = F.interpolate(cam, (size, size), mode="bilinear", align_corners=True)
                 m = (cam - cam.min()) / (cam.max() - cam.min() + eps)
                 f, b = self.clip.encode_normalized(torch.cat([m * x, (1 - m) * x]))
 
@@ -110,43 +89,33 @@ class Transcription:
         """`scheme`: joint, or (b) or (c) of alternate. -> the loss"""
         match, prompt, refine = self.losses(epoch, EPS_PROMPT if scheme == "b" else EPS)
         loss = {"joint": match + 0.3 * refine + prompt, "b": prompt, "c": match + 0.3 * refine}[scheme]
-        gradients = torch.autograd.grad(loss, self.head.weights + self.vectors.weights, allow_unused=True)
-        if scheme != "b":
-            self.head.step(gradients[:-1], factor * LR)
-        if scheme != "c":
-            self.vectors.step(gradients[-1:], factor * LR_PROMPTS)
+        self.S.zero_grad(set_to_none=True)
+        self.prompts.zero_grad(set_to_none=True)
+        loss.backward()
+        for optimizer, lr, rests in (self.head, LR, "b"), (self.vectors, LR_PROMPTS, "c"):
+            optimizer.param_groups[0]["lr"] = factor * lr
+            if scheme != rests:
+                optimizer.step()
         return loss.item()
 
 
-FLAGS = ["--lambda-t", TEXT, "--prompt-mask-eps", EPS_PROMPT]
-
-
-def test_joint_is_its_equations(world, tiny_clip, tmp_path):
-    found = train(world, tmp_path, tiny_clip, "--scheme", "joint", "--epochs", 2, *FLAGS)
-    clip = clip_model.load_clip(tiny_clip)
+@pytest.mark.parametrize("scheme,more", [("joint", ["--epochs", 2]),
+                                         ("alternate", ["--rounds", 2, "--epochs", 1])])
+def test_the_schemes_are_their_equations(world, tiny_clip, tmp_path, scheme, more):
+    flags = ["--scheme", scheme, *more, "--lambda-t", TEXT, "--prompt-mask-eps", EPS_PROMPT]
+    found, clip = train(world, tmp_path, tiny_clip, *flags), clip_model.load_clip(tiny_clip)
     torch.manual_seed(0)
-    prompts = clip_model.BackgroundPrompts(clip, len(CLASSES), 30)
-    plain = Transcription(world, tiny_clip, prompts)
-    want = [plain.step(0, "joint"), plain.step(1, "joint", (1 + math.cos(math.pi / 2)) / 2)]
-    check(found, rows(tmp_path / "refine.jsonl"), plain, want, world)
-
-
-def test_alternate_is_its_equations(world, tiny_clip, tmp_path):
-    found = train(world, tmp_path, tiny_clip, "--scheme", "alternate", "--rounds", 2, "--epochs", 1, *FLAGS)
-    prompts = clip_model.BackgroundPrompts(clip_model.load_clip(tiny_clip), len(CLASSES), 4)
-    prompts.load_state_dict(weights(world / "prompts.pt"))
-    plain = Transcription(world, tiny_clip, prompts)
-    want = [plain.step(0, "c"), plain.step(1, "b"), plain.step(2, "c")]        # a cosine a phase: full rate
-    log = rows(tmp_path / "refine.jsonl")
-    check(found, log, plain, want, world)
-    assert [row["prompt"] == 0 for row in log] == [row["match"] > 0 for row in log] == [True, False, True]
-
-
-def check(found, log, plain, want, world):
+    prompts = clip_model.BackgroundPrompts(clip, len(CLASSES), 30 if scheme == "joint" else 4)
+    if scheme == "alternate":
+        prompts.load_state_dict(weights(world / "prompts.pt"))
+    plain, log = Transcription(world, clip, prompts), rows(tmp_path / "refine.jsonl")
+    start = weights(world / "cls.pt")
+    if scheme == "joint":
+        want = [plain.step(0, "joint"), plain.step(1, "joint", (1 + math.cos(math.pi / 2)) / 2)]
+    else:                                                     # a cosine a phase: full rate
+        want = [plain.step(0, "c"), plain.step(1, "b"), plain.step(2, "c")]
+        assert [row["prompt"] == 0 for row in log] == [row["match"] > 0 for row in log] == [True, False, True]
     assert [row["loss"] for row in log] == pytest.approx(want, rel=1e-4)
-    for row in log:
-        assert row["loss"] == pytest.approx(row["match"] + 0.3 * row["refine"] + row["prompt"], rel=1e-4)
-    start = weights(world / "match.pt")
     head = plain.S.head.weight.detach()                       # min-max hides the bias but for rounding
     way = (head - start["head.weight"]).norm()
     assert way > 1e-3 and (found["model"]["head.weight"] - head).norm() < 0.01 * way
@@ -154,99 +123,25 @@ def check(found, log, plain, want, world):
     torch.testing.assert_close(found["prompts"]["vectors"], plain.prompts.vectors.detach(), atol=1e-3, rtol=0)
 
 
-def test_one_round_is_train_refine(world, tiny_clip, tmp_path):
+def test_one_round_is_train_refine_and_more_resume_within_a_phase(world, tiny_clip, tmp_path, ctrl_c):
+    more = ["--scheme", "alternate", "--rounds", "2", "--epochs", "2"]
+    train(world, tmp_path / "again", tiny_clip, *more, code=130)
+    again, whole = (train(world, tmp_path / name, tiny_clip, *more) for name in ("again", "whole"))
+    assert same(whole["model"], again["model"]) and same(whole["prompts"], again["prompts"])
     one = train(world, tmp_path / "one", tiny_clip, "--scheme", "alternate", "--rounds", "1", "--epochs", "3")
     plain = train(world, tmp_path / "plain", tiny_clip, "--epochs", "3", script="train_refine.py")
     assert same(one["model"], plain["model"], 1e-6) and same(one["prompts"], plain["prompts"])
 
 
-def test_alternate_resumes_within_a_phase(world, tiny_clip, tmp_path, monkeypatch):
-    more = ["--scheme", "alternate", "--rounds", "2", "--epochs", "2", "--save-every", "3"]
-    whole = train(world, tmp_path / "whole", tiny_clip, *more)
-    step = checkpoints.Keeper.step
-
-    def stop_at_3(keeper):
-        if keeper.done == 3:
-            raise KeyboardInterrupt
-        step(keeper)
-
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(checkpoints.Keeper, "step", stop_at_3)
-        train(world, tmp_path / "again", tiny_clip, *more)
-    again = train(world, tmp_path / "again", tiny_clip, *more)
-    assert same(whole["model"], again["model"]) and same(whole["prompts"], again["prompts"])
-
-
-# ---------------------------------------------------------------- what the tables share
-
-def test_recipe(tmp_path, monkeypatch):
-    (tmp_path / "run_toy.sh").write_text(
-        'OUT="$PWD"\nCLS="--lr 1e-3\n    --name \'a b\'"  # why\nif x; then\n    CLS="$CLS --lr 1"\nfi\n')
-    with monkeypatch.context() as patched:
-        patched.setattr(files, "ROOT", tmp_path)
-        assert pairs.recipe() == {"CLS": ["--lr", "1e-3", "--name", "a b"]}
-    names = "IMAGES SHARED CLS MATCH PROMPT REFINE THRESHOLD MASKS SEGMENTS VOTE SEG PREDICT LOCALISE DECODER"
-    assert set(names.split()) <= pairs.recipe().keys()
-
-
-def test_intervals_and_tables():
-    # mean 7/3; deviations -4/3, -1/3, 5/3: variance 7/3; 4.303 sqrt(7/3) / sqrt(3) = 3.795
-    assert pairs.interval([1, 2, 4]) == "+2.33 +- 3.79"
-    assert pairs.interval([-1.5]) == "-1.50" and pairs.interval([3, 3]) == "+3.00 +- 0.00"
-    assert pairs.markdown(["a", "b"], [[1, "x"]]) == "| a | b |\n|---|---|\n| 1 | x |"
-
-
-def test_own_background_at_equal_recall():
-    """Above the threshold t are, of `match`, 1 - t of the objects; of `full`, 1 - t / 2."""
-    shares = {"match": {"object": 1 - table5.GRID, "own": (1 - 2 * table5.GRID).clip(0)},
-              "full": {"object": 1 - table5.GRID / 2, "own": (1 - table5.GRID) / 2}}
-    pair = pairs.Pair(Path("nowhere"), 0, 1, 2, {"THRESHOLD": ["--threshold", "0.4"]})
-    pair.rows = shares
-    table5.add_shares(pair)
-    assert [shares["match"][name] for name in ("recall", "own lit", "own at equal recall")] == pytest.approx(
-        [0.6, 0.2, 0.2])
-    assert [shares["full"][name] for name in ("recall", "own lit", "own at equal recall")] == pytest.approx(
-        [0.8, 0.3, 0.1])                                      # its recall is .6 at .8
-
-
-def test_a_pair_of_another_recipe_is_refused(tmp_path):
-    pair = pairs.Pair(tmp_path, 0, 300, 0, {"CLS": ["--lr", "1"]})
-    pair.rows["cls"] = {"miou": 5}
-    pair.save()
-    assert pairs.Pair(tmp_path, 0, 300, 0, {"CLS": ["--lr", "1"]}).rows == pair.rows
-    for draw, rate in ((301, "1"), (300, "2")):
-        with pytest.raises(ValueError, match="another draw or another recipe"):
-            pairs.Pair(tmp_path, 0, draw, 0, {"CLS": ["--lr", rate]})
-
-
-def test_jobs(tmp_path, monkeypatch):
-    """The list stands for a study that ends well, a module that is not there for one that fails."""
-    args = argparse.Namespace(out=tmp_path, jobs=2)
-    pairs.run_jobs(args, "ablations", [3, 5])
-    assert all("ablations.schemes" in (tmp_path / f"pair_{n}.log").read_text() for n in (3, 5))
-    with pytest.raises(ValueError, match="a pair has failed"):
-        pairs.run_jobs(args, "ablations.nothing", [4])
-
-
-def test_a_table_goes_between_its_marks(tmp_path, monkeypatch):
-    (tmp_path / "docs").mkdir()
-    page = tmp_path / "docs/results.md"
-    page.write_text("a\n<!-- x -->\nold\n<!-- end -->\nb\n<!-- y -->\n<!-- end -->\n")
-    monkeypatch.setattr(files, "ROOT", tmp_path)
-    pairs.write("x", "new")
-    assert page.read_text() == "a\n<!-- x -->\nnew\n<!-- end -->\nb\n<!-- y -->\n<!-- end -->\n"
-    with pytest.raises(ValueError, match="has no line"):
-        pairs.write("z", "new")
-
-
 # ---------------------------------------------------------------- the tables
 
 @pytest.mark.parametrize("study,flags", [
-    (table5, ["--rows", *table5.TABLE5, "lambda_0.5", "from_cls", "joint", "alternate_2"]),
+    (table5, ["--rows", *table5.TABLE5, "lambda_0.5", "from_match", "again", "joint", "alternate_2"]),
     (masks, []), (hosts, []), *((vpl_tables, ["--table", name]) for name in ("main", "sweeps", "phase2"))],
     ids=["table5", "masks", "hosts", "main", "sweeps", "phase2"])
 def test_the_commands_of_a_table(study, flags, tmp_path, monkeypatch, capsys):
-    """Every command that a table runs exists, down to its flags; a table is made of what they score."""
+    """Every command that a table runs exists, down to its flags; a table is made of what they score, and a
+    pair of another recipe is refused."""
     commands = []
 
     def parse(script, *values):
@@ -257,6 +152,10 @@ def test_the_commands_of_a_table(study, flags, tmp_path, monkeypatch, capsys):
         parse("eval.py", "--data", pair.data, "--out", out, "--what", what, *more, "--split", split)
         return 10.0 * len(name) + pair.number
 
+    def start(*values):
+        monkeypatch.setattr(sys, "argv", ["x", "--out", str(tmp_path), "--pairs", "2", *flags, *values])
+        study.main()
+
     shares = dict.fromkeys(("object", "own"), (1 - table5.GRID).tolist())
     monkeypatch.setattr(pairs, "stage", parse)
     monkeypatch.setattr(pairs.Pair, "miou", score)
@@ -264,47 +163,32 @@ def test_the_commands_of_a_table(study, flags, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(vpl_tables, "temperature", lambda pair: 0.07)
     monkeypatch.setattr(checkpoints, "load", lambda *_: {"gap": {"before": 0.25, "after": 0.5}})
     for number in ("0", "1"):
-        arguments = ["x", "--out", tmp_path, "--pairs", "2", *flags, "--only", number]
-        monkeypatch.setattr(sys, "argv", list(map(str, arguments)))
-        study.main()
+        start("--only", number)
     outs = {args.out for script, args in commands if script not in ("make_toy.py", "eval.py")}
     assert len(commands) > 20 and all(tmp_path in out.parents for out in outs)
-    monkeypatch.setattr(sys, "argv", list(map(str, arguments[:-2])))
-    study.main()                                              # nothing is left to run: the table
+    if study is table5:
+        starts = {args.out.name: Path(args.init).name for script, args in commands
+                  if script in ("train_refine.py", "ablations.schemes")}
+        rest = {"random", "text", "image", "full", "lambda_0.5", "joint", "alternate_2"}
+        assert starts == {**dict.fromkeys(rest, "cls.pt"), "from_match": "match.pt", "again": "match.pt"}
+        without = {args.out.name for script, args in commands if script == "train_prompt.py"}
+        assert without == starts.keys() - {"random", "joint", "again"}
+        with pytest.raises(ValueError, match="another draw or another recipe"):
+            pairs.Pair(tmp_path, 0, 7, 0, pairs.recipe())
+    start()                                                   # nothing is left to run: the table
     lines = capsys.readouterr().out.splitlines()
     assert len({line.count(" | ") for line in lines if "---" not in line}) == 1 and len(lines) > 7
 
 
-def test_the_list():
-    done = subprocess.run([sys.executable, "-m", "ablations"], cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    studies = {study.__name__ for study in (hosts, masks, schemes, table5, toy_world, vpl_tables)}
-    assert {line.split()[2] for line in lines} == studies and all(60 < len(line) < 160 for line in lines)
-
-
 def test_shares_of_what_is_lit(tmp_path, monkeypatch):
     """A map of .25 on the objects and .75 on their own backgrounds."""
-    class Scene:
-        ground = np.array([[0, 0, 5, 5]])
-
-    class Folder:
-        def __init__(self, root):
-            pass
-
-        def ids(self, split):
-            return ["toy_000000"]
-
-        def labels(self, ids):
-            return torch.eye(8)[:1]
-
-        def truth(self, id):
-            return np.array([[1, 0, 0, 1]])
-
+    folder = SimpleNamespace(ids=lambda split: ["toy_000000"], labels=lambda ids: torch.eye(8)[:1],
+                             truth=lambda id: np.array([[1, 0, 0, 1]]))
     np.save(tmp_path / "toy_000000.npy", np.array([[[0.25, 0.75, 0.5, 0.25]]], np.float16))
-    monkeypatch.setattr(folders, "Folder", Folder)
-    monkeypatch.setattr(table5.drawings, "scene", lambda draw, number: Scene)
-    pair = pairs.Pair(tmp_path, 0, 1, 2, {})
-    shares = table5.measure(pair, tmp_path)
+    monkeypatch.setattr(folders, "Folder", lambda root: folder)
+    monkeypatch.setattr(table5.drawings, "scene",
+                        lambda draw, number: SimpleNamespace(ground=np.array([[0, 0, 5, 5]])))
+    shares = table5.measure(pairs.Pair(tmp_path, 0, 1, 2, {}), tmp_path)
     at = {t: int(round(200 * t)) for t in (0.2, 0.3, 0.7, 0.8)}
     assert [shares["object"][at[t]] for t in (0.2, 0.3)] == [1, 0]
     assert [shares["own"][at[t]] for t in (0.7, 0.8)] == [1, 0]

@@ -1,15 +1,13 @@
 """CLIMS, and SemPLeS on CLIMS: each script's own step against scalars, SGD resumed, two processes as one."""
 import math
-import os
-import signal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import CLASSES, arguments, call, make_folder, refused, rows, run_together, same, weights
 
-from hosts import clims
-from plumbing import checkpoints, folders, log, networks, processes, samples
+from hosts import clims, train_clims
+from plumbing import folders, networks, processes, samples
 from plumbing.maps import load_cam
 from wsss import clip_model
 
@@ -98,7 +96,8 @@ def test_first_loss_equals_a_scalar_loop(world, stage, start):
             logits = S.class_logits(image[None])[0]
             reg += sum(map(sigmoid, logits.flatten().tolist())) / logits.numel() / len(batch)
             for k in labels.nonzero().flatten().tolist():
-                m = F.interpolate(logits[k].sigmoid()[None, None], (16, 16), mode="bilinear")[0, 0]
+                m = F.interpolate(logits[k].sigmoid()[None, None], (16, 16), mode="bilinear",
+                                  align_corners=True)[0, 0]
                 x = clip.normalize(image[None])
                 v_f, v_b = (clip.encode_normalized(part * x)[0] for part in (m, 1 - m))
                 u_f = clip.encode_text([f"a photo of {CLASSES[k]}."])[0]
@@ -116,29 +115,28 @@ def test_first_loss_equals_a_scalar_loop(world, stage, start):
     assert first["loss"] == pytest.approx(want, rel=1e-4)
 
 
-def test_every_loss_moves_all_of_S_but_statistics(world):
+def test_every_stage_moves_all_of_S_but_statistics_and_rates_fall_by_poly(world):
+    for stage in ("cls", "match", "refine"):
+        want = [0.01 * (1 - step / 4) ** 0.9 for step in range(4)]
+        assert [row["lr"] for row in rows(world / f"out/{stage}.jsonl")] == pytest.approx(want, rel=1e-5)
     cls, match, refine = (weights(world / f"out/{stage}.pt") for stage in ("cls", "match", "refine"))
     for before, after in ((cls, match), (match, refine)):
         still = {name for name in before if torch.equal(before[name], after[name])}
         assert still == {name for name in before if name.endswith(STATISTICS)}
 
 
-@pytest.mark.parametrize("name,rest", [("resnet50", FIRST), ("clims_toy", set())])
-def test_the_classifier_has_a_rate_of_its_own(name, rest):
-    S = networks.new_generator(name, 3, "none")
+def test_resnet50s_classifier_learns_ten_times_as_fast_and_its_first_layers_never():
+    S = networks.new_generator("resnet50", 3, "none").train()
     backbone, last = clims.parameter_groups(S, 0.1, 10)
+    before = {name: value.clone() for name, value in S.state_dict().items()}
+    S(torch.rand(2, 3, 64, 64))[0].sum().backward()
+    assert {name for name, weight in S.named_parameters() if weight.grad is None} == FIRST
+    assert same(S.state_dict(), before)                       # its BatchNorms' statistics stay, too
     names = {id(weight): name for name, weight in S.named_parameters()}
     assert (backbone["lr"], last["lr"]) == (0.1, 1.0)
     assert [names[id(weight)] for weight in last["params"]] == ["classifier.weight"]
     others = set(names.values()) - {"classifier.weight"}
-    assert {names[id(weight)] for weight in backbone["params"]} == others - rest
-    assert {name for name, weight in S.named_parameters() if not weight.requires_grad} == rest
-
-
-def test_rates_fall_by_poly(world):
-    for stage in ("cls", "match", "refine"):
-        want = [0.01 * (1 - step / 4) ** 0.9 for step in range(4)]
-        assert [row["lr"] for row in rows(world / f"out/{stage}.jsonl")] == pytest.approx(want, rel=1e-5)
+    assert {names[id(weight)] for weight in backbone["params"]} == others - FIRST
 
 
 # ---------------------------------------------------------------- what it reads
@@ -149,10 +147,12 @@ def test_masks_are_not_scaled_while_prompts_learn(world, tmp_path):
     assert same(weights(finish("prompts", world, out, "--mask-eps", "5")), weights(world / "out/prompts.pt"))
 
 
-def test_backgrounds_of_a_file(world, tmp_path):
-    out, names = copy_inputs(world, tmp_path / "out", "cls"), tmp_path / "names.txt"
-    more = ["--background-texts", names, "--epochs", "1"]
+def test_backgrounds_are_vocs_ten_or_cocos_88_or_those_of_a_file(world, tmp_path):
+    names, coco = tmp_path / "names.txt", train_clims.background_names("clims", folders.COCO_CLASSES)
+    assert train_clims.background_names("clims", CLASSES) == BACKGROUNDS
+    assert len(set(coco)) == 88 and coco[::29] == ["street sign", "fruit", "body", "park"]
     names.write_text("\n\n".join(BACKGROUNDS) + "\n")
+    out, more = copy_inputs(world, tmp_path / "out", "cls"), ["--background-texts", names, "--epochs", "1"]
     finish("match", world, out, *more)
     ten = rows(world / "out/match.jsonl")[0]["cbs"]
     assert rows(out / "match.jsonl")[0]["cbs"] == ten
@@ -166,13 +166,12 @@ def test_backgrounds_of_a_file(world, tmp_path):
 
 def test_wrong_inputs_are_one_line(world, tmp_path):
     refused(call(*job("match", world, tmp_path)), "cls.pt is missing: run hosts.train_cam")
-    S = networks.new_generator("deit_tiny", 3, "none")
-    torch.save(S.state_dict(), tmp_path / "deit.pth")
+    torch.save(networks.new_generator("deit_tiny", 3, "none").state_dict(), tmp_path / "deit.pth")
     refused(call(*job("match", world, tmp_path, "--init", tmp_path / "deit.pth")), "is a DeiT", "not masks")
-    out = copy_inputs(world, tmp_path / "out", "match", "prompts")
-    other = torch.load(world / "clip.pt", weights_only=True)
-    torch.save({name: value * 1.01 for name, value in other.items()}, tmp_path / "other.pt")
-    refused(call(*job("refine", world, out, "--clip", tmp_path / "other.pt")), "learned with another --clip")
+    out, other = copy_inputs(world, tmp_path / "out", "match", "prompts"), tmp_path / "other.pt"
+    clip = torch.load(world / "clip.pt", weights_only=True)
+    torch.save({name: value * 1.01 for name, value in clip.items()}, other)
+    refused(call(*job("refine", world, out, "--clip", other)), "learned with another --clip")
 
 
 def test_maps_are_relu_summed_over_views(world, tmp_path):
@@ -194,22 +193,13 @@ def test_maps_are_relu_summed_over_views(world, tmp_path):
     torch.testing.assert_close(torch.from_numpy(cam).float(), want, atol=5e-3, rtol=0)
 
 
-# ---------------------------------------------------------------- interrupted, several processes, full size
+# ---------------------------------------------------------------- interrupted, several processes
 
 @pytest.mark.parametrize("stage,inputs", [("cls", []), ("match", ["cls"]), ("refine", ["match", "prompts"])])
-def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, stage, inputs, monkeypatch):
-    """Ctrl-C in the third of four steps."""
-    out, steps, add = copy_inputs(world, tmp_path / "out", *inputs), [], log.Meter.add
-
-    def strike(*args, **values):
-        add(*args, **values)
-        steps.append(1)
-        if len(steps) == 3:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(log.Meter, "add", strike)
+def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(world, tmp_path, stage, inputs, ctrl_c):
+    out = copy_inputs(world, tmp_path / "out", *inputs)
     assert call(*job(stage, world, out)).returncode == 130 and not (out / f"{stage}.pt").exists()
-    assert same(weights(finish(stage, world, out)), weights(world / f"out/{stage}.pt")) and len(steps) == 4
+    assert same(weights(finish(stage, world, out)), weights(world / f"out/{stage}.pt")) and len(ctrl_c) == 4
 
 
 def test_two_processes_are_one(world, tmp_path):
@@ -221,14 +211,3 @@ def test_two_processes_are_one(world, tmp_path):
         for one, two in zip(rows(world / f"out/{stage}.jsonl"), rows(out / f"{stage}.jsonl")):
             del one["seconds"]
             assert {name: two[name] for name in one} == pytest.approx(one, rel=1e-3, abs=1e-4)
-
-
-def test_resnet50_trains_all_but_its_first_convolution(world, tmp_path):
-    torch.manual_seed(0)
-    S = networks.new_generator("resnet50", 3, "none")
-    for name, weight in S.named_parameters():
-        weight.data *= 0.1 if "bn3" in name else 1            # untrained logits would saturate every mask
-    checkpoints.save(tmp_path / "cls.pt", model=S.state_dict(), stage="cls", classes=CLASSES, args={})
-    after = weights(finish("match", world, tmp_path, "--epochs", "1", "--limit", "2", "--crop", "64"))
-    still = {name for name, value in S.state_dict().items() if torch.equal(value, after[name])}
-    assert {name for name in still if not name.endswith(STATISTICS)} == FIRST

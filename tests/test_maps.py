@@ -19,6 +19,8 @@ def test_maps_round_trip(tmp_path):
     maps.save_cam(tmp_path / "none.npy", np.zeros((0, 3, 4)))
     classes, found = maps.load_cam(tmp_path / "none.npy", [0, 0, 0])
     assert len(classes) == 0 and found.shape == (0, 3, 4)
+    with pytest.raises(ValueError, match="multi-hot"):
+        maps.load_cam(tmp_path / "a.npy", [0, 2])
     with pytest.raises(ValueError, match="nan.npy: its maps are not finite"):
         maps.save_cam(tmp_path / "nan.npy", np.full((1, 3, 4), np.nan))
     assert not (tmp_path / "nan.npy").exists()
@@ -29,68 +31,51 @@ HUGE = b"\x93NUMPY\x01\x00v\x00" + HUGE
 
 
 @pytest.mark.parametrize("content,word", [
-    (np.array([{"keys": 1}], dtype=object), "not a plain .npy"), (b"torn", "not a plain .npy"),
-    (HUGE, "not a plain .npy"), (np.zeros((1, 3, 4), np.float16), "1 maps, the image's label has 2"),
-    (np.zeros((2, 12), np.float16), "are float"), (np.zeros((2, 0, 4), np.float16), "are float"),
-    (np.zeros((2, 3, 4), np.int64), "are float"), (np.full((2, 3, 4), np.nan, np.float16), "NaN"),
-    (np.full((2, 3, 4), np.inf, np.float32), "NaN or infinity"), (None, "run make_cam.py first")])
+    (b"torn", "not a plain .npy"), (HUGE, "not a plain .npy"), (np.zeros((2, 12), np.float16), "are float"),
+    (np.zeros((1, 3, 4), np.float16), "1 maps, the image's label has 2"), (None, "run make_cam.py first"),
+    (np.zeros((2, 3, 4), np.int64), "are float"), (np.full((2, 3, 4), np.nan, np.float16), "NaN")])
 def test_bad_maps(tmp_path, content, word):
     path = tmp_path / "a.npy"
     if isinstance(content, bytes):
         path.write_bytes(content)
     elif content is not None:
-        np.save(path, content, allow_pickle=True)
+        np.save(path, content)
     with pytest.raises((ValueError, FileNotFoundError), match=re.escape(word)) as error:
         maps.load_cam(path, [1, 1, 0])
     assert "a.npy" in str(error.value)
 
 
-def test_labels_of_maps_are_multi_hot(tmp_path):
-    maps.save_cam(tmp_path / "a.npy", np.zeros((2, 3, 4)))
-    with pytest.raises(ValueError, match="multi-hot"):
-        maps.load_cam(tmp_path / "a.npy", [0, 2])
-
-
 def test_maps_must_fit_their_image(tmp_path):
-    for size in ((375, 500), (188, 250), (94, 125), (24, 32), (23, 31)):
+    for size in ((375, 500), (188, 250), (23, 31)):
         maps.save_cam(tmp_path / "x.npy", np.zeros((1, *size)))
         maps.load_cam(tmp_path / "x.npy", [1, 0], (375, 500))
-    for h, w in ((374, 500), (376, 500), (500, 375), (750, 1000), (188, 188)):
+    for h, w in ((374, 500), (500, 375), (750, 1000)):
         maps.save_cam(tmp_path / "x.npy", np.zeros((1, h, w)))
         with pytest.raises(ValueError, match=f"maps of {w}x{h} do not fit"):
             maps.load_cam(tmp_path / "x.npy", [1, 0], (375, 500))
 
 
-@pytest.mark.parametrize("name", ["irn", "psa", "clip_es", "fma"])
-def test_maps_of_other_projects(tmp_path, name):
+def test_maps_of_other_projects(tmp_path):
     """Rows in any order; IRN's keys and small maps are tensors."""
     cam = np.random.default_rng(0).random((2, 6, 8), dtype=np.float32)
-    if name == "fma":
-        np.savez(tmp_path / "x.npz", cam=cam, fg_cls=np.array([2, 0]))
-    elif name == "irn":
-        table = {"keys": torch.tensor([2, 0]), "cam": torch.from_numpy(cam[:, ::4, ::4]), "high_res": cam}
-        np.save(tmp_path / "x.npy", table)
-    else:
-        tables = {"psa": {2: cam[0], 0: cam[1]}, "clip_es": {"keys": np.array([2, 0]), "attn_highres": cam}}
-        np.save(tmp_path / "x.npy", tables[name])
-    classes, found = maps.load_cam(tmp_path / "x.npy", [1, 0, 1], (6, 8))
-    assert classes.tolist() == [0, 2] and found.dtype == np.float32 and np.array_equal(found, cam[::-1])
-    with pytest.raises(ValueError, match=r"maps of the classes \[0, 2\], the image's label has \[0, 1\]"):
-        maps.load_cam(tmp_path / "x.npy", [1, 1, 0], (6, 8))
-
-
-def test_maps_of_other_projects_are_in_0_to_1(tmp_path):
+    tables = {"psa": {2: cam[0], 0: cam[1]}, "clip_es": {"keys": np.array([2, 0]), "attn_highres": cam},
+              "irn": {"keys": torch.tensor([2, 0]), "cam": torch.zeros(2, 2, 2), "high_res": cam}}
+    for name, table in tables.items():
+        np.save(tmp_path / f"{name}.npy", table)
+    np.savez(tmp_path / "fma.npz", cam=cam, fg_cls=np.array([2, 0]))
+    for name in (*tables, "fma"):
+        path = tmp_path / f"{name}.npy"
+        classes, found = maps.load_cam(path, [1, 0, 1], (6, 8))
+        assert classes.tolist() == [0, 2] and found.dtype == np.float32 and np.array_equal(found, cam[::-1])
+        with pytest.raises(ValueError, match=r"maps of the classes \[0, 2\], the image's label"):
+            maps.load_cam(path, [1, 1, 0], (6, 8))
     np.save(tmp_path / "x.npy", {0: 7 * np.ones((2, 3), np.float32)})
     with pytest.raises(ValueError, match="x.npy holds maps from 7 to 7: scale them"):
         maps.load_cam(tmp_path / "x.npy", [1, 0, 0])
-    np.save(tmp_path / "x.npy", {})
-    assert maps.load_cam(tmp_path / "x.npy", [0, 0, 0])[1].shape[0] == 0
 
 
 @pytest.mark.parametrize("table,word", [
-    ({0: np.zeros((3, 4)), 1: np.zeros((3, 5))}, "same shape"), ([1], "holds a list"),
-    ({"keys": [0, 1]}, "not an array of numbers"),
-    ({"keys": ["a", "b"], "high_res": np.zeros((2, 3, 4))}, "not a list of numbers"),
+    ({0: np.zeros((3, 4)), 1: np.zeros((3, 5))}, "same shape"), ({"keys": [0, 1]}, "not an array of numbers"),
     ({"keys": [0, 1], "high_res": np.zeros((3, 3, 4))}, "has 3 maps")])
 def test_bad_maps_of_other_projects(tmp_path, table, word):
     content = np.empty((), object)

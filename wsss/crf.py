@@ -28,6 +28,8 @@ PRESETS = {
                 sxy_bilateral=50, srgb=5, compat_bilateral=10),
     "deeplab": dict(unary="softmax", sxy_gaussian=1, compat_gaussian=3,
                     sxy_bilateral=67, srgb=3, compat_bilateral=4),
+    "segmenter": dict(unary="softmax", sxy_gaussian=3, compat_gaussian=3,
+                      sxy_bilateral=83, srgb=5, compat_bilateral=3),
     "psa": dict(unary="softmax", sxy_gaussian=3, compat_gaussian=3,
                 sxy_bilateral=80, srgb=13, compat_bilateral=10),
 }
@@ -68,10 +70,10 @@ def mean_field(unary, image, *, sxy_gaussian, compat_gaussian, sxy_bilateral, sr
                iterations=10, backend="auto", device="cpu"):
     """Energies (C, H, W), (H, W, 3) uint8 -> posterior (C, H, W), float32 numpy.
 
-    backend: pydensecrf, torch (on `device`), or auto: pydensecrf if it is installed and `device` is the CPU,
-    else torch.
+    backend: pydensecrf, torch (on `device`), or auto: pydensecrf where it is installed and `device` is
+    the CPU, else torch.
     """
-    image = np.array(image, order="C")                            # a copy: pydensecrf needs it writable
+    image = np.array(image, order="C")                        # a copy: pydensecrf needs it writable
     if image.shape != (*unary.shape[1:], 3) or image.dtype != np.uint8:
         raise ValueError(f"the CRF takes scores (C, H, W) and an (H, W, 3) uint8 image, "
                          f"not {tuple(unary.shape)} and {image.shape} {image.dtype}")
@@ -79,7 +81,7 @@ def mean_field(unary, image, *, sxy_gaussian, compat_gaussian, sxy_bilateral, sr
         raise ValueError("the CRF's standard deviations must be above 0, "
                          f"not {sxy_gaussian}, {sxy_bilateral} (sxy) and {srgb} (srgb)")
     C, H, W = unary.shape
-    unary = torch.as_tensor(unary, dtype=torch.float32, device=device).reshape(C, -1)     # (C, N)
+    unary = torch.as_tensor(unary, dtype=torch.float32, device=device).reshape(C, -1)  # (C, N)
 
     package = find_pydensecrf(backend, device)
     if package:
@@ -89,12 +91,12 @@ def mean_field(unary, image, *, sxy_gaussian, compat_gaussian, sxy_bilateral, sr
         model.addPairwiseBilateral(sxy=sxy_bilateral, srgb=srgb, rgbim=image, compat=compat_bilateral)
         return np.array(model.inference(iterations)).reshape(C, H, W)
 
-    rgb = torch.from_numpy(image).to(device).reshape(-1, 3).float()       # (N, 3)
+    rgb = torch.from_numpy(image).to(device).reshape(-1, 3).float()                   # (N, 3)
     # x before y, as in pydensecrf. The lattice is not symmetric in them: y first changes 1 % of the labels.
-    xy = torch.cartesian_prod(torch.arange(H), torch.arange(W)).flip(1).to(rgb)   # (N, 2)
+    xy = torch.cartesian_prod(torch.arange(H), torch.arange(W)).flip(1).to(rgb)       # (N, 2)
     gaussian = Kernel(xy / sxy_gaussian)
     bilateral = Kernel(torch.cat([xy / sxy_bilateral, rgb / srgb], 1))
-    energy = unary.T.contiguous()                                 # (N, C)
+    energy = unary.T.contiguous()                             # (N, C)
     q = softmax(-energy)
     for _ in range(iterations):
         q = softmax(compat_gaussian * gaussian(q) + compat_bilateral * bilateral(q) - energy)
@@ -115,7 +117,7 @@ def find_pydensecrf(backend, device):
     try:
         from pydensecrf import densecrf
         return densecrf
-    except (ImportError, ValueError) as error:                    # ValueError: built for another numpy
+    except (ImportError, ValueError) as error:                # ValueError: built for another numpy
         if backend == "auto":
             return None
         raise ValueError(f"pydensecrf does not import ({error}): pip install pydensecrf2 (compiles C++), "
@@ -134,15 +136,15 @@ class Kernel:
 
     def __init__(self, f):
         d = f.shape[1]
-        keys, weights, steps = lattice(f)                         # (N, d + 1) x2, (d + 1,)
+        keys, weights, steps = lattice(f)                     # (N, d + 1) x2, (d + 1,)
         order = keys.flatten().argsort(stable=True)
         runs = keys.flatten()[order].unique_consecutive(return_inverse=True, return_counts=True)
-        points, inverse, count = runs                             # the M lattice points that pixels hit
-        pixels = order // (d + 1)  # those of the first point, then the second, ...
-        around = torch.empty_like(order).index_copy_(0, order, inverse).view_as(keys)     # a pixel's points
+        points, inverse, count = runs                         # the M lattice points that pixels hit
+        pixels = order // (d + 1)                             # those of the first point, then the second, ...
+        around = torch.empty_like(order).index_copy_(0, order, inverse).view_as(keys)  # a pixel's points
         # A bag: which rows to sum, where the sum of each result starts, the weights.
         splat = pixels, count.cumsum(0) - count, weights.flatten()[order]
-        read = around, None, weights / (1 + 2 ** -d)              # the divisor is what the blur gains
+        read = around, None, weights / (1 + 2 ** -d)          # the divisor is what the blur gains
         self.bags = [splat, *(blur(points, step) for step in steps), read]
         norm = (self(torch.ones_like(f[:, :1])) + 1e-20).rsqrt()  # (N, 1) D^-1/2: here self(q) is still G q
         splat[-1].mul_(norm[pixels, 0])
@@ -156,10 +158,10 @@ class Kernel:
 
 def blur(points, step):
     """Each lattice point plus half of its two neighbours; one without pixels is 0.   keys (M,) -> a bag"""
-    wanted = torch.stack([points - step, points + step], 1)       # (M, 2)
+    wanted = torch.stack([points - step, points + step], 1)   # (M, 2)
     found = torch.searchsorted(points, wanted).clamp(max=len(points) - 1)
     itself = torch.arange(len(points), device=points.device)[:, None]
-    weights = F.pad(0.5 * (points[found] == wanted), (1, 0), value=1.0)   # (M, 3)
+    weights = F.pad(0.5 * (points[found] == wanted), (1, 0), value=1.0)               # (M, 3)
     return torch.cat([itself, found], 1), None, weights
 
 
@@ -176,12 +178,12 @@ def lattice(f):
     # From R^d to the plane of sum 0, scaled: splat, blur and slice together have a standard deviation of 1.
     i = torch.arange(1, d + 1, device=f.device)[:, None]
     f = f.T * (math.sqrt(2 / 3) * (d + 1) / (i * (i + 1)).sqrt())
-    x = F.pad(f.flip(0).cumsum(0).flip(0), (0, 0, 0, 1)) - F.pad(i * f, (0, 0, 1, 0))     # (d + 1, N)
+    x = F.pad(f.flip(0).cumsum(0).flip(0), (0, 0, 0, 1)) - F.pad(i * f, (0, 0, 1, 0))  # (d + 1, N)
 
     # The corner of remainder 0: round to multiples of d + 1. If their sum is not 0, round those that moved
     # most the other way.
-    base = (x / (d + 1)).round()                                  # in units of d + 1
-    rank = torch.zeros_like(x, dtype=torch.int64)                 # of x - corner, 0 the largest
+    base = (x / (d + 1)).round()                              # in units of d + 1
+    rank = torch.zeros_like(x, dtype=torch.int64)             # of x - corner, 0 the largest
     for a, b in combinations(range(d + 1), 2):
         less = x[a] - base[a] * (d + 1) < x[b] - base[b] * (d + 1)
         rank[a] += less
@@ -189,8 +191,8 @@ def lattice(f):
     rank += base.sum(0).long()
     turn = (rank < 0).int() - (rank > d).int()
     base, rank = base + turn, rank + turn * (d + 1)
-    y = torch.empty_like(x).scatter_(0, rank, (x - base * (d + 1)) / (d + 1))     # descending
-    weights = torch.cat([1 + y[-1:] - y[:1], (y[:-1] - y[1:]).flip(0)])   # (d + 1, N)
+    y = torch.empty_like(x).scatter_(0, rank, (x - base * (d + 1)) / (d + 1))         # descending
+    weights = torch.cat([1 + y[-1:] - y[:1], (y[:-1] - y[1:]).flip(0)])               # (d + 1, N)
 
     # Corner k is corner k - 1 plus 1 everywhere, less d + 1 in the coordinate of rank d + 1 - k: one step in
     # its direction. The extent leaves room for the corners and their neighbours.

@@ -78,15 +78,14 @@ class AttentionFusion(nn.Module):
                                            nn.Linear(maps // reduction, maps, bias=False), nn.Sigmoid())
 
     def forward(self, attentions, outputs):
-        """Per layer (B, heads, N, N) and (B, N, width) -> mean over all maps of weight * attention, (B, N,
-        N)"""
+        """Per layer (B, heads, N, N), (B, N, width) -> mean over all of weight * attention, (B, N, N)"""
         layers, (B, heads, N, _) = len(attentions), attentions[0].shape
         pooled = [o.amax(1) if self.pool == "max" else o.mean(1) for o in outputs]
         pooled = torch.stack(pooled, dim=1)                                           # (B, layers, width)
         # From the authors' code, not in the paper: head i owns the channels i, i + heads, ... here, though
         # attention itself gives it a contiguous block. Published fusion weights need it so.
         pooled = pooled.view(B, layers, pooled.shape[2] // heads, heads).permute(0, 3, 1, 2)
-        scores = self.attn_feat_ffn(pooled).flatten(1)      # (B, heads * layers), index head * layers + layer
+        scores = self.attn_feat_ffn(pooled).flatten(1)  # (B, heads * layers), index head * layers + layer
         weights = self.attn_head_ffn(scores).view(B, 1, heads, layers)
         # Layer by layer: the stack of all attentions, hundreds of MB at test size, is never made.
         fused = sum(weights[..., i] @ attention.flatten(2) for i, attention in enumerate(attentions))
@@ -94,8 +93,7 @@ class AttentionFusion(nn.Module):
 
 
 class DeiT(nn.Module):
-    """DeiT with one class token per class; map = patch attention @ (class-to-patch attention * relu(coarse
-    map)).
+    """DeiT with a class token per class: patch attention @ (class-to-patch attention * relu(coarse map)).
 
     Parameter names are WeakTr's, so its and SemPLeS's checkpoints load unchanged."""
 
@@ -114,7 +112,7 @@ class DeiT(nn.Module):
         self.blocks = nn.ModuleList(Block(width, heads, rate) for rate in rates)
         self.norm = nn.LayerNorm(width, eps=1e-6).requires_grad_(False)               # checkpoints hold it
         self.head = nn.Conv2d(width, num_classes, 3, padding=1)
-        self.kept = slice(None)                            # the classes it maps; fewer for a COCO S of 90 ids
+        self.kept = slice(None)  # the classes it maps; fewer for a COCO S of 90 ids
         self.adaptive_attention_fusion = AttentionFusion(heads * depth, width // heads, reduction, pool)
         self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
@@ -133,9 +131,10 @@ class DeiT(nn.Module):
         """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w), raw, >= 0"""
         return self(images)[0]
 
-    def forward(self, images):
-        """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w); logits (B, C) of class tokens, coarse, fine
-        maps"""
+    def forward(self, images, from_labels=False):
+        """RGB in [0, 1] (B, 3, H, W) -> fine maps (B, C, h, w); logits (B, C) of tokens, coarse, fine maps
+
+        `from_labels`: S learns from image labels (train_cls.py)."""
         C = self.cls_token.shape[1]
         tokens, attentions, outputs, (h, w) = self.run_blocks(images)
         patches = tokens[:, C:].transpose(1, 2).unflatten(2, (h, w))                  # (B, width, h, w)
@@ -143,22 +142,26 @@ class DeiT(nn.Module):
         with torch.autocast(images.device.type, enabled=False):                       # small numbers: float32
             coarse, tokens = coarse.float(), tokens.float()
             fused = self.adaptive_attention_fusion(attentions, outputs)               # (B, N, N)
-            cams = fused[:, :C, C:] * coarse.flatten(2).relu()                        # (B, C, h * w)
+            # From the authors' code, not in the paper: WeakTr detaches the coarse map there, so that the loss
+            # of the fine maps moves the fusion only; in (a) and (c) the head gets their gradient.
+            given = coarse.detach() if from_labels else coarse
+            cams = fused[:, :C, C:] * given.flatten(2).relu()                         # (B, C, h * w)
             fine = torch.einsum("bnm,bcm->bcn", fused[:, C:, C:], cams).unflatten(2, (h, w))
             logits = tokens[:, :C].mean(-1), coarse.mean((-2, -1)), fine.mean((-2, -1))
             return fine[:, self.kept], tuple(z[:, self.kept] for z in logits)
 
     def run_blocks(self, images):
-        """-> tokens (B, C + h * w, width); per layer the attention and its branch's output, detached; grid
-        (h, w)
+        """-> tokens (B, C + h * w, width); per layer attention and branch output, detached; grid (h, w)
 
         With a frozen backbone nothing here records a graph, since no weight asks for a gradient."""
-        h, w = (max(1, round(n / self.patch)) for n in images.shape[-2:])
-        size = (h * self.patch, w * self.patch)
-        if size != tuple(images.shape[-2:]):
-            # Differs from the paper: to the nearest multiple of the patch; the public code drops edge pixels.
-            images = F.interpolate(images, size, mode="bilinear", align_corners=False)
-        x = self.patch_embed((images - self.mean) / self.std).flatten(2).transpose(1, 2)   # (B, h * w, width)
+        # From the authors' code, not in the paper: at sizes that are no multiple of the patch, the patch
+        # convolution drops the pixels on the right and at the bottom; the map of the rest is stretched over
+        # the whole image.
+        h, w = (n // self.patch for n in images.shape[-2:])
+        if min(h, w) == 0:
+            h, w = max(h, 1), max(w, 1)
+            images = F.interpolate(images, (h * self.patch, w * self.patch), mode="bilinear")
+        x = self.patch_embed((images - self.mean) / self.std).flatten(2).transpose(1, 2)  # (B, h * w, width)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.position(h, w)
         attentions, outputs = [], []
         for block in self.blocks:
@@ -173,8 +176,7 @@ class DeiT(nn.Module):
             return self.pos_embed
         C, grid = self.cls_token.shape[1], self.grid
         patches = self.pos_embed[:, C:].transpose(1, 2).unflatten(2, (grid, grid))
-        # From the authors' code, not in the paper: by scale factor, with DINO's 0.1; by size the values
-        # differ.
+        # From the authors' code, not in the paper: by scale factor, with DINO's 0.1, not by size.
         factor = (h + 0.1) / grid, (w + 0.1) / grid
         patches = F.interpolate(patches, scale_factor=factor, mode="bicubic", align_corners=False)
         return torch.cat([self.pos_embed[:, :C], patches.flatten(2).transpose(1, 2)], dim=1)
@@ -194,8 +196,7 @@ class DeiT(nn.Module):
         self.load_state_dict({**state, **fresh})
 
 
-# ---------------------------------------------------------------- making one from weights, and what of it
-# trains
+# ---------------------------------------------------------------- from weights, and what of it trains
 
 def deit_from_state(state, pool="max", drop_path=0.1):
     """The DeiT whose sizes are those of a state dict with WeakTr's names, and its weights."""
@@ -210,7 +211,7 @@ def deit_from_state(state, pool="max", drop_path=0.1):
     return model
 
 
-class Unread:
+class Ignored:
     """Stands for what public trainers keep beside the weights: arguments, numbers of numpy. None is made."""
 
     def __init__(self, *_):
@@ -220,7 +221,7 @@ class Unread:
         pass
 
 
-BESIDE = [(Unread, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
+ALLOWED = [(Ignored, name) for name in ("argparse.Namespace", "numpy.dtype", "numpy.core.multiarray.scalar",
                                       "numpy._core.multiarray.scalar")]
 
 
@@ -229,11 +230,15 @@ def load_generator(path, pool="max"):
 
     Ours hold their pooling; of others `pool` says it (max: VOC, avg: COCO). The stages read more kinds of
     files: plumbing/networks.py."""
-    with torch.serialization.safe_globals(BESIDE):
+    with torch.serialization.safe_globals(ALLOWED):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if "stage" in content:
         pool = content["args"].get("pool") or pool
-    return deit_from_state(content.get("model", content), pool).eval()
+    try:
+        return deit_from_state(content.get("model", content), pool).eval()
+    except KeyError as error:
+        raise ValueError(f"{path} is no DeiT of WeakTr's kind, it has no {error.args[0]}; "
+                         "the stages read more kinds of generators: plumbing/networks.py") from None
 
 
 def parameters_to_train(S, train_backbone=False):

@@ -46,21 +46,22 @@ def run_blocks(clip, images, size=None, look=0):
     """-> each block's input, (B, 1 + N, width); attention of each of the last `look` blocks; grid (h, w)
 
     Attention is that between patches, (B, N, N), the mean over heads. Only blocks looked at hold one: the
-    memory of the others grows with N, not N^2. Images, or `size` (H, W) if given, are resized to the nearest
-    multiples of the patch.
+    memory of the others grows with N, not N^2. Images, or `size` (H, W) if given, are resized to the next
+    multiples of the patch upwards.
     """
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
         raise ValueError(f"the image encoder of this CLIP is a {type(visual).__name__}: "
                          "GradCAM reads a vision transformer, take ViT-B/16")
     patch = visual.conv1.kernel_size[0]
-    h, w = (max(1, round(n / patch)) for n in size or images.shape[-2:])
+    # From the authors' code, not in the paper: CLIP-ES rounds upwards, 375 x 500 pixels are 24 x 32 patches.
+    h, w = (-(-n // patch) for n in size or images.shape[-2:])
     if images.shape[-2:] != (h * patch, w * patch):
         images = F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True)
         images = images.clamp(0, 1)
-    x = visual.conv1((images - clip.mean) / clip.std).flatten(2).transpose(1, 2)  # (B, N, width)
+    x = visual.conv1((images - clip.mean) / clip.std).flatten(2).transpose(1, 2)      # (B, N, width)
     x = torch.cat([visual.class_embedding.expand(len(x), 1, -1), x], 1) + positions(visual, h, w)
-    x = layer_norm(visual.ln_pre, x)                              # (B, 1 + N, width)
+    x = layer_norm(visual.ln_pre, x)                          # (B, 1 + N, width)
 
     inputs, attention, blocks = [x], [], visual.transformer.resblocks
     for n, block in enumerate(blocks, 1):
@@ -72,7 +73,7 @@ def run_blocks(clip, images, size=None, look=0):
         if n == len(blocks):
             break
         if looked:
-            o = A.to(v.dtype) @ v                                 # (B, heads, 1 + N, d)
+            o = A.to(v.dtype) @ v                             # (B, heads, 1 + N, d)
         else:
             o = F.scaled_dot_product_attention(*queries_keys_values(block.attn, u))
         x = x + block.attn.out_proj(merge(o))
@@ -92,7 +93,7 @@ def positions(visual, h, w):
     first, grid = visual.positional_embedding[:1], visual.positional_embedding[1:]
     side = round(len(grid) ** 0.5)
     grid = grid.T.reshape(1, -1, side, side)
-    grid = F.interpolate(grid, (h, w), mode="bilinear", align_corners=False)      # (1, width, h, w)
+    grid = F.interpolate(grid, (h, w), mode="bilinear", align_corners=False)          # (1, width, h, w)
     return torch.cat([first, grid[0].flatten(1).T])
 
 
@@ -128,14 +129,14 @@ def attend(attn, u):
 def last_block(clip, x):
     """The last block's patch tokens after each step, from its input x (B, 1 + N, width)."""
     visual, block = clip.model.visual, clip.model.visual.transformer.resblocks[-1]
-    u = layer_norm(block.ln_1, x)                                 # (B, 1 + N, width)
+    u = layer_norm(block.ln_1, x)                             # (B, 1 + N, width)
     q, k, v, A = attend(block.attn, u)
-    q, A = q[:, :, 1:], A[:, :, 1:]  # what the class token becomes, no patch reads
-    o = A @ v                                                     # (B, heads, N, d): the heads' outputs
-    y = x[:, 1:] + block.attn.out_proj(merge(o))                  # (B, N, width): after attention
-    a = block.mlp.c_fc(layer_norm(block.ln_2, y))                 # (B, N, 4 width): inside the MLP
-    z = y + block.mlp.c_proj(block.mlp.gelu(a))                   # (B, N, width): after the MLP
-    patches = layer_norm(visual.ln_post, z) @ visual.proj         # (B, N, D)
+    q, A = q[:, :, 1:], A[:, :, 1:]  # of the patches: none reads what the class token becomes
+    o = A @ v                                                 # (B, heads, N, d): the heads' outputs
+    y = x[:, 1:] + block.attn.out_proj(merge(o))              # (B, N, width): after attention
+    a = block.mlp.c_fc(layer_norm(block.ln_2, y))             # (B, N, 4 width): inside the MLP
+    z = y + block.mlp.c_proj(block.mlp.gelu(a))               # (B, N, width): after the MLP
+    patches = layer_norm(visual.ln_post, z) @ visual.proj     # (B, N, D)
     return SimpleNamespace(u=u, q=q, k=k, v=v, A=A, o=o, y=y, a=a, z=z, patches=patches)
 
 
@@ -161,13 +162,13 @@ def attention_back(attn, q, k, v, A, o, c):
     o_i), with r the gradient at o. It sums to 0 over all keys j. The class token's key does not move, so the
     sum over those that do, the patches', is minus the gradient at the class token's score.
     """
-    r = split(c @ attn.out_proj.weight, attn.num_heads)           # (P, heads, N, d): gradient at o
-    r_o = (r * o).sum(-1, keepdim=True)                           # (P, heads, N, 1)
-    to_class = A[..., :1]                                         # (P, heads, N, 1)
+    r = split(c @ attn.out_proj.weight, attn.num_heads)       # (P, heads, N, d): gradient at o
+    r_o = (r * o).sum(-1, keepdim=True)                       # (P, heads, N, 1)
+    to_class = A[..., :1]                                     # (P, heads, N, 1)
     # Gradients at the scores: for each key, summed over queries (P, heads, 1 + N, 1); for the class token's.
     keys = (A.mT @ r * v).sum(-1, keepdim=True) - A.mT @ r_o
-    first = to_class * ((r * v[:, :, :1]).sum(-1, keepdim=True) - r_o)    # (P, heads, N, 1)
-    to_q = (keys * k).sum(2) * attn.head_dim ** -0.5              # (P, heads, d)
+    first = to_class * ((r * v[:, :, :1]).sum(-1, keepdim=True) - r_o)                # (P, heads, N, 1)
+    to_q = (keys * k).sum(2) * attn.head_dim ** -0.5          # (P, heads, d)
     to_k = -(first * q).sum(2) * attn.head_dim ** -0.5
     to_v = ((1 - to_class) * r).sum(2)
     return torch.cat([part.flatten(1) for part in (to_q, to_k, to_v)], 1) @ attn.in_proj_weight
@@ -185,19 +186,19 @@ def gradcam_weights(clip, last, columns, competes, b, k, scale):
     gradient for one vector added to u at all patches.
     """
     visual, block = clip.model.visual, clip.model.visual.transformer.resblocks[-1]
-    mean = last.patches.mean(1)                                   # (B, D)
+    mean = last.patches.mean(1)                               # (B, D)
     e, length = F.normalize(mean, dim=-1), mean.norm(dim=-1, keepdim=True)
     rivals = competes[b] & (torch.arange(len(columns), device=k.device) != k.unsqueeze(1))  # (P, M)
     t = scale * (e @ columns.T)[b]
-    q = torch.where(rivals, t.masked_fill(~rivals, -torch.inf).softmax(-1), 0)    # without a rival: L = t_k
-    c = scale * (columns[k] - q @ columns)                        # (P, D): gradient at e
-    c = (c - e[b] * (e[b] * c).sum(-1, keepdim=True)) / length[b]         # (P, D): at the mean
+    q = torch.where(rivals, t.masked_fill(~rivals, -torch.inf).softmax(-1), 0)  # without a rival: L = t_k
+    c = scale * (columns[k] - q @ columns)                    # (P, D): gradient at e
+    c = (c - e[b] * (e[b] * c).sum(-1, keepdim=True)) / length[b]                     # (P, D): at the mean
 
     N = last.z.shape[1]
-    c = (c @ visual.proj.T / N).unsqueeze(1)                      # (P, 1, width): at ln_post, of every patch
-    c = layer_norm_back(visual.ln_post, last.z[b], c)             # (P, N, width): at z
-    inside = c @ block.mlp.c_proj.weight * quick_gelu_slope(last.a)[b]    # (P, N, 4 width): at a
-    c = c + layer_norm_back(block.ln_2, last.y[b], inside @ block.mlp.c_fc.weight)  # (P, N, width): at y
+    c = (c @ visual.proj.T / N).unsqueeze(1)                  # (P, 1, width): at ln_post, of every patch
+    c = layer_norm_back(visual.ln_post, last.z[b], c)         # (P, N, width): at z
+    inside = c @ block.mlp.c_proj.weight * quick_gelu_slope(last.a)[b]                # (P, N, 4 width): at a
+    c = c + layer_norm_back(block.ln_2, last.y[b], inside @ block.mlp.c_fc.weight)    # (P, N, width): at y
     return attention_back(block.attn, last.q[b], last.k[b], last.v[b], last.A[b], last.o[b], c) / N
 
 
@@ -213,7 +214,7 @@ def gradcam(clip, x, grid, columns, competes, b, k, scale):
     with torch.autocast(x.device.type, enabled=False):
         last = last_block(clip, at_least_float32(x))
         weights = gradcam_weights(clip, last, columns.to(last.u), competes, b, k, scale)
-        cam = (last.u[b, 1:] @ weights.unsqueeze(-1)).relu()      # (P, N, 1)
+        cam = (last.u[b, 1:] @ weights.unsqueeze(-1)).relu()  # (P, N, 1)
     return min_max(cam.view(len(b), *grid))
 
 
@@ -280,9 +281,10 @@ def refine(maps, T, b, threshold):
     box: the bounding boxes of the connected parts of the map above `threshold` of its maximum. T T is never
     formed: two products with a vector.
     """
+    # Differs from the paper: CLIP-ES's code loses a box's last row and column at the lower and right edge.
     box = boxes(maps > threshold * maps.amax((1, 2), keepdim=True))
     with torch.autocast(maps.device.type, enabled=False):
-        T, cam = T[b], (maps * box).flatten(1).unsqueeze(-1).to(T)        # (P, N, N), (P, N, 1)
+        T, cam = T[b], (maps * box).flatten(1).unsqueeze(-1).to(T)                    # (P, N, N), (P, N, 1)
         return min_max((T @ (T @ cam)).view_as(maps))
 
 
@@ -290,7 +292,7 @@ def boxes(lit):
     """(P, h, w) bool -> bool: the union of the bounding boxes of its connected parts (eight neighbours)"""
     axes = [torch.arange(n, dtype=torch.float32, device=lit.device) for n in lit.shape[1:]]
     y, x = torch.meshgrid(*axes, indexing="ij")
-    place = torch.stack([-y, -x, y, x])                           # (4, h, w)
+    place = torch.stack([-y, -x, y, x])                       # (4, h, w)
     # (P, 4, h, w): how far a pixel's part reaches to each side; the knowledge spreads by one pixel a turn.
     far = torch.where(lit.unsqueeze(1), place, -torch.inf)
     before = None

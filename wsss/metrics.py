@@ -53,12 +53,12 @@ def sweep(truth, label, score, thresholds, num_classes):
     threshold's foreground.
     """
     truth, label, score = (torch.as_tensor(x).flatten() for x in (truth, label, score))
-    truth = truth.masked_fill(truth == 255, num_classes)          # a row of their own, dropped below
-    exceeded = torch.searchsorted(thresholds, score)              # thresholds below the score: 0..T
+    truth = truth.masked_fill(truth == 255, num_classes)      # a row of their own, dropped below
+    exceeded = torch.searchsorted(thresholds, score)          # thresholds below the score: 0..T
     size = (len(thresholds) + 1, num_classes + 1, num_classes)
     index = torch.add(label.long(), truth, alpha=size[2]).add_(exceeded, alpha=size[1] * size[2])
     counts = torch.bincount(index, minlength=size[0] * size[1] * size[2]).view(size)[:, :-1]
-    above = counts.flip(0).cumsum(0).flip(0)                      # [t]: exceeds at least t thresholds
+    above = counts.flip(0).cumsum(0).flip(0)                  # [t]: exceeds at least t thresholds
     matrices = above[1:].clone()
-    matrices[:, :, 0] += (above[0] - above[1:]).sum(-1)           # all others are background
+    matrices[:, :, 0] += (above[0] - above[1:]).sum(-1)       # all others are background
     return matrices

@@ -13,10 +13,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CAFFE = (122.675 / 255, 116.669 / 255, 104.008 / 255), (1 / 255,) * 3  # mean, std of RGB in [0, 1]
 
-def register_imagenet_statistics(module):
-    module.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), persistent=False)
-    module.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
+
+def register_statistics(module, statistics=IMAGENET):
+    for name, values in zip(("mean", "std"), statistics):
+        module.register_buffer(name, torch.tensor(values).view(3, 1, 1), persistent=False)
 
 
 # ---------------------------------------------------------------- DeepLab-v2
@@ -31,7 +34,7 @@ class DeepLabV2(nn.Module):
     mark, window = "aspp.0.weight", None
     scales = (0.75, 0.5)                                      # of the multi-scale loss, besides 1
 
-    def __init__(self, backbone, channels, num_classes, stride, dilations):
+    def __init__(self, backbone, channels, num_classes, stride, dilations, statistics=IMAGENET):
         super().__init__()
         self.backbone, self.stride = backbone, stride
         self.aspp = nn.ModuleList(nn.Conv2d(channels, 1 + num_classes, 3, padding=d, dilation=d)
@@ -39,7 +42,7 @@ class DeepLabV2(nn.Module):
         for branch in self.aspp:
             nn.init.normal_(branch.weight, std=0.01)
             nn.init.zeros_(branch.bias)
-        register_imagenet_statistics(self)
+        register_statistics(self, statistics)
         self.batchnorm_trains = True
 
     def forward(self, images):
@@ -62,8 +65,7 @@ class DeepLabV2(nn.Module):
         return sum(branch(x).float() for branch in self.aspp)                         # (B, 1 + C, h, w)
 
     def groups(self, lr):
-        """For the optimizer: the four convolutions learn 10 times as fast as the backbone, their biases 20
-        times."""
+        """For the optimizer: the convolutions learn 10 times as fast as the backbone, their biases 20."""
         return [{"params": [w for w in self.backbone.parameters() if w.requires_grad], "lr": lr},
                 {"params": [branch.weight for branch in self.aspp], "lr": 10 * lr},
                 {"params": [branch.bias for branch in self.aspp], "lr": 20 * lr}]
@@ -85,8 +87,7 @@ class DeepLabV2(nn.Module):
         return self
 
     def load_backbone(self, state):
-        """Weights of a classifier with torchvision's names, or of the toy's trunk. Its last layer is left
-        out."""
+        """Weights of a classifier with torchvision's names, or the toy's trunk, without its last layer."""
         self.backbone.load_state_dict({name.removeprefix("trunk."): value for name, value in state.items()
                                        if not name.startswith("fc.")})
 
@@ -100,6 +101,16 @@ def dilated_resnet101():
     from torchvision.models import resnet101
     layers = resnet101(replace_stride_with_dilation=[False, True, True]).named_children()
     return nn.Sequential(OrderedDict(layer for layer in layers if layer[0] not in ("avgpool", "fc")))
+
+
+def caffe_resnet101():
+    """The same as deeplab-pytorch's published weights want it: those that were trained on COCO's masks."""
+    net = dilated_resnet101()
+    net.maxpool.ceil_mode = True
+    net.layer2[0].conv1.stride, net.layer2[0].conv2.stride = (2, 2), (1, 1)  # the 1x1 convolution strides
+    for layer, d in ((net.layer3, 2), (net.layer4, 4)):       # the first block dilates too
+        layer[0].conv2.dilation = layer[0].conv2.padding = (d, d)
+    return net
 
 
 # ---------------------------------------------------------------- Segmenter (WeakTr's network)
@@ -182,8 +193,7 @@ class Segmenter(nn.Module):
 
     def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=30, window=(480, 320),
                  drop_path=0.1, dropout=0.1, layers=2):
-        # From the authors' code, not in the paper: (WeakTr's) DropPath 0.1 in the encoder, dropout 0.1 in the
-        # decoder.
+        # From the authors' code, not in the paper: WeakTr's DropPath 0.1 in the encoder, dropout 0.1 here.
         # Differs from the paper: that code drops attention weights and the MLP's hidden layer too.
         super().__init__()
         self.patch, self.grid, self.window = patch, grid, window
@@ -195,7 +205,7 @@ class Segmenter(nn.Module):
         self.patch_space = nn.Linear(width, width, bias=False)
         self.class_space = nn.Linear(width, width, bias=False)
         self.balance = nn.LayerNorm(1 + num_classes)          # over the classes of a pixel
-        register_imagenet_statistics(self)
+        register_statistics(self)
         for layer in self.modules():
             if isinstance(layer, nn.Linear):
                 last = layer in (self.patch_space, self.class_space)
@@ -212,7 +222,7 @@ class Segmenter(nn.Module):
         y = torch.cat([self.enter(tokens), self.classes.expand(len(x), -1, -1)], 1)  # (B, h w + 1 + C, width)
         for layer in self.layers:
             y = layer(y)
-        with torch.autocast(images.device.type, enabled=False):                   # small differences: float32
+        with torch.autocast(images.device.type, enabled=False):  # small differences: float32
             patches, classes = self.norm(y.float()).split([tokens.shape[1], self.classes.shape[1]], 1)
             patches = F.normalize(self.patch_space(patches), dim=-1)
             classes = F.normalize(self.class_space(classes), dim=-1)
@@ -253,27 +263,27 @@ class Layer(nn.Module):
 
 
 class ClipDecoder(nn.Module):
-    """VPL's second phase: a decoder over the frozen CLIP, whose pixels V are compared with vision prototypes
-    W.
+    """VPL's second phase: a decoder over the frozen CLIP, whose pixels V are compared with prototypes W.
 
     The patches of every block but the last, each through an MLP of two layers, are concatenated and mixed;
-    then three transformer blocks, and V in CLIP's joint space. logit = cos(V, W) / tau_I; the background's
-    is the logsumexp over its columns. `encode`: images -> list of (B, N, channels), grid (h, w)."""
+    then three transformer blocks, and V in CLIP's joint space. logits "raw": W^T V, as Eq. 12-14 write them;
+    "cosine": cos(V, W) / tau_I. The background's logit is the logsumexp over its columns.
+    `encode`: images -> list of (B, N, channels), grid (h, w)."""
 
     # Differs from the paper: it says "decoder" and no more; this one is of WeCLIP's kind.
-
     mark, window = "prototypes", None
 
-    def __init__(self, encode, channels, blocks, prototypes, num_classes, tau, width=256, heads=8, layers=3):
+    def __init__(self, encode, channels, blocks, prototypes, num_classes, tau, width=256, logits="raw",
+                 heads=8, layers=3):
         super().__init__()
-        self.encode, self.num_classes = encode, num_classes
+        self.encode, self.num_classes, self.kind = encode, num_classes, logits
         self.steps = nn.ModuleList(nn.Sequential(
             nn.LayerNorm(channels), nn.Linear(channels, width), nn.ReLU(), nn.Linear(width, width))
             for _ in range(blocks))
         self.mix = nn.Linear(blocks * width, width)
         self.layers = nn.ModuleList(Layer(width, heads) for _ in range(layers))
         self.project = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, prototypes.shape[1]))
-        self.register_buffer("prototypes", prototypes.clone())              # W (M, D), saved with the weights
+        self.register_buffer("prototypes", prototypes.clone())  # W (M, D), saved with the weights
         self.register_buffer("tau", torch.tensor(float(tau)))
 
     def forward(self, images):
@@ -282,12 +292,15 @@ class ClipDecoder(nn.Module):
         In training also those of the grid (B, 1 + C, h, w) and V (B, D, h, w)."""
         with torch.no_grad():
             tokens, (h, w) = self.encode(images)
-        x = self.mix(torch.cat([step(x) for step, x in zip(self.steps, tokens)], -1))      # (B, N, width)
+        x = self.mix(torch.cat([step(x) for step, x in zip(self.steps, tokens)], -1))  # (B, N, width)
         for layer in self.layers:
             x = layer(x)
         v = self.project(x).float()                                                   # (B, N, D)
-        with torch.autocast(images.device.type, enabled=False):                    # 1 / tau is large: float32
-            logits = F.normalize(v, dim=-1) @ self.prototypes.T / self.tau            # (B, N, M)
+        with torch.autocast(images.device.type, enabled=False):  # 1 / tau is large: float32
+            if self.kind == "raw":
+                logits = v @ self.prototypes.T                                        # (B, N, M)
+            else:
+                logits = F.normalize(v, dim=-1) @ self.prototypes.T / self.tau
         background = logits[..., self.num_classes:].logsumexp(-1, keepdim=True)
         coarse = torch.cat([background, logits[..., :self.num_classes]], -1)          # (B, N, 1 + C)
         coarse = coarse.transpose(1, 2).unflatten(2, (h, w))
@@ -302,8 +315,7 @@ class ClipDecoder(nn.Module):
 
 @torch.no_grad()
 def predict(model, images, scales=(1.0,), flip=True):
-    """RGB in [0, 1] (B, 3, H, W) -> probabilities (B, 1 + C, H, W): the mean softmax over scales and
-    flips."""
+    """RGB in [0, 1] (B, 3, H, W) -> the mean softmax over scales and flips, (B, 1 + C, H, W)"""
     size, total = images.shape[-2:], 0
     for scale in scales:
         scaled = images
@@ -319,8 +331,7 @@ def predict(model, images, scales=(1.0,), flip=True):
 
 
 def windows(model, images):
-    """Logits (B, 1 + C, H, W), averaged where the model's windows overlap; in one piece if the image fits
-    into one."""
+    """Logits (B, 1 + C, H, W), averaged where the model's windows overlap; at once if one window is enough"""
     H, W = images.shape[-2:]
     if model.window is None or max(H, W) <= model.window[0]:
         return model(images)

@@ -1,18 +1,32 @@
-"""What CLIP's text encoder reads: templates, synonyms, backgrounds. Names are part of the methods."""
+"""What CLIP's text encoder reads: aliases, synonyms, templates, backgrounds. Names are part of the methods.
 
-# From the authors' code, not in the paper: CLIP-ES writes synonyms into VOC's class names.
+VOC's and COCO's names are recognised; the names of other data sets are taken as they are.
+"""
+
+# From the authors' code, not in the paper: SemPLeS and CLIMS do not feed VOC's names, which CLIP's tokenizer
+# splits badly ("din-ing-table"). COCO's plain names are fed as they are.
+ALIASES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor",
+           "person": "player"}
+
+# From the authors' code, not in the paper: CLIP-ES writes synonyms into VOC's class names, and has names of
+# its own for COCO's ("sknowboard" is spelled so there).
 SYNONYMS = {
-    "bird": "bird avian",
-    "chair": "chair seat",
-    "person": "person with clothes,people,human",
+    "bird": "bird avian", "chair": "chair seat", "person": "person with clothes,people,human",
     "tvmonitor": "tvmonitor screen",
+    "motorcycle": "motorbike", "airplane": "aeroplane", "backpack": "backpack,bag",
+    "umbrella": "umbrella,parasol", "handbag": "handbag,purse", "tie": "necktie", "snowboard": "sknowboard",
+    "baseball glove": "glove",
+    "spoon": "dessertspoon", "couch": "sofa", "potted plant": "pottedplant", "dining table": "diningtable",
+    "tv": "tvmonitor screen", "remote": "remote control", "hair drier": "hairdrier,blowdrier",
 }
 
-# Differs from the paper: VPL compares "single prompt" with "ensemble prompts" and prints one text, which is
-# CLIP-ES's. The ensemble here is that text with CLIP-ES's synonyms in it.
-PROMPTS = {  # template, and whether synonyms stand in for class names
-    "single": ("a photo of a {}.", False),
-    "ensemble": ("a clean origami {}.", True),
+# VPL Table 4 compares a single prompt with an ensemble of prompts and prints one text, which is CLIP-ES's.
+PROMPTS = {  # templates whose features are averaged, and whether synonyms stand in for class names
+    "single": (["a photo of a {}."], False),
+    "ensemble": (["a clean origami {}."], True),              # CLIP-ES
+    # Differs from the paper: it does not list its prompts; these seven are those of CLIP's own best subset.
+    "templates": (["itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
+                   "a {} in a video game.", "art of the {}.", "a photo of the small {}."], False),
 }
 
 # CLIP-ES, VOC: what may lie behind the objects.
@@ -21,26 +35,52 @@ VOC_BACKGROUNDS = """
     mountain ocean road rock street valley bridge sign
 """.split()
 
-# CLIMS, VOC: what often lies beside the objects. Their class_texts are those of its loss CBS.
-CLIMS_BACKGROUNDS = "tree river sea lake water railway railroad track stone rocks".split()
+# CLIMS: what often lies beside the objects; the texts of its loss CBS.
+CLIMS_VOC = "tree river sea lake water railway railroad track stone rocks".split()
+CLIMS_COCO = (
+    "street sign,mountain,video game,men,track,bus stop,cabinet,tray,plate,shirt,city street,runway,"
+    "tower,ramp,grass,pillow,urinal,lake,brick,fence,shower,airport,animal,shower curtain,road,mirror,"
+    "jacket,church,snow,fruit,hay,floor,field,street,mouth,steam engine,cheese,river,tree branch,suit,"
+    "child,soup,desk,tub,tennis court,teeth,bridge,sky,officer,sidewalk,dock,tree,court,rock,board,"
+    "branch,pan,box,body,salad,dirt,leaf,hand,highway,vegetable,computer monitor,door,meat,pair,beach,"
+    "harbor,ocean,baseball player,girl,market,window,blanket,boy,woman,bat,baby,flower,wall,bath tub,"
+    "tarmac,tennis ball,roll,park"
+).split(",")
 
 
-def class_texts(classes, template="a photo of {}."):
-    """SemPLeS 3.2.1, t_k: the class names in a template."""
+def is_voc(classes):
+    return len(classes) == 20 and "tvmonitor" in classes
+
+
+def is_coco(classes):
+    return len(classes) == 80 and "toothbrush" in classes
+
+
+def class_texts(classes, template="a photo of {}.", aliases=True):
+    """SemPLeS 3.2.1, t_k: the class names in a template, for VOC's classes by their aliases."""
+    names = [ALIASES.get(name, name) for name in classes] if aliases and is_voc(classes) else list(classes)
+    return fill(template, names)
+
+
+def fill(template, names):
     around = template.replace("{}", "", 1)
     if around == template or "{" in around or "}" in around:
         raise ValueError(f"template {template!r}: write one {{}} in it, where the class name goes")
-    return [template.format(name) for name in classes]
+    return [template.format(name) for name in names]
+
+
+def clims_backgrounds(classes):
+    """The names that CLIMS keeps out of the foreground."""
+    return CLIMS_COCO if is_coco(classes) else CLIMS_VOC
 
 
 def backgrounds(classes):
     """CLIP-ES's background names: VOC's 25; for the 80 classes of COCO without keyboard and sign."""
-    coco = len(classes) == 80 and "toothbrush" in classes
-    return [name for name in VOC_BACKGROUNDS if not (coco and name in ("keyboard", "sign"))]
+    return [name for name in VOC_BACKGROUNDS if not (is_coco(classes) and name in ("keyboard", "sign"))]
 
 
-def prompt_texts(classes, backgrounds, prompt="ensemble", template=None):
-    """CLIP-ES and VPL: texts of the classes, then of the backgrounds. `template` replaces the usual one."""
-    usual, synonyms = PROMPTS[prompt]
+def prompt_texts(classes, backgrounds, prompt="ensemble"):
+    """CLIP-ES, VPL: per template the texts of classes, then backgrounds; their features are averaged."""
+    templates, synonyms = PROMPTS[prompt]
     names = [SYNONYMS.get(name, name) for name in classes] if synonyms else list(classes)
-    return class_texts(names + list(backgrounds), template or usual)
+    return [fill(template, names + list(backgrounds)) for template in templates]

@@ -25,14 +25,14 @@ def fma_votes(segments, maps, power):
         return painted
     maps = maps.clip(min=0)
     means = [maps[(slice(None), *s.where)][:, s.mask].mean(1, dtype=np.float64) for s in segments]
-    means = np.array(means)                                       # (S, P)
+    means = np.array(means)                                   # (S, P)
     low, high = means.min(0), means.max(0)
     # Differs from the paper: where all means are equal, as those of a single segment, the mean is the score.
     # The paper's division gives background there, or scales rounding to [0, 1].
     spread = np.broadcast_to(high - low >= 1e-6, means.shape)
     scores = np.divide(means - low, high - low, out=means.copy(), where=spread)
-    background = (1 - scores.max(1, keepdims=True)).clip(min=0) ** power  # (S, 1)
-    scores = np.concatenate([background, scores], 1)              # (S, 1 + P)
+    background = (1 - scores.max(1, keepdims=True)).clip(min=0) ** power              # (S, 1)
+    scores = np.concatenate([background, scores], 1)          # (S, 1 + P)
     order = [(s.level, best) for s, best in zip(segments, scores.max(1))]
     return paint(segments, scores.argmax(1), order, painted)
 
@@ -40,31 +40,33 @@ def fma_votes(segments, maps, power):
 def sepl_votes(segments, mask, half=0.5, most=0.85):
     """SEPL's vote.   S segments, label map (H, W) uint8 -> same
 
-    1. Class c is a candidate of segment s if |s & c| > half |s| or |s & c| >= most |c|.
-    2. Segment s gets the candidate with the largest |s & c|, the first of equal ones.
-    3. Segments are painted over the label map in ascending order of |s & c| / |s|. Those without a candidate
-       change nothing.
+    For each class c of the label map, in ascending order:
+    1. Of the segments that no class has won yet, c wins s if |s & c| > half |s| or |s & c| >= most |c|.
+    2. Their pixels become c, over what smaller classes painted.
+    3. c's other pixels stay c only where none of the segments lies that were free before this turn.
+    What no class paints is background.
     """
-    total = np.bincount(mask.ravel(), minlength=256)              # |c|
-    total[[0, IGNORE]] = 0                                        # neither is a class
-    chosen, labels, shares = [], [], []
-    for s in segments:
-        inside = np.bincount(mask[s.where][s.mask], minlength=256)        # |s & c| of all labels
-        area = inside.sum()
-        candidate = (total > 0) & ((inside > half * area) | (inside >= most * total))
-        if candidate.any():
-            votes = np.where(candidate, inside, 0)
-            chosen.append(s)
-            labels.append(votes.argmax())
-            shares.append(votes.max() / area)
-    return paint(chosen, labels, shares, mask.copy())
+    painted, free = np.zeros_like(mask), list(segments)
+    for c in np.unique(mask[(mask > 0) & (mask != IGNORE)]):
+        own = mask == c
+        inside = [own[s.where][s.mask].sum() for s in free]   # |s & c|
+        wins = [n > half * s.mask.sum() or n >= most * own.sum() for s, n in zip(free, inside)]
+        outside = own.copy()
+        for s, won in zip(free, wins):
+            outside[s.where][s.mask] = False
+            if won:
+                painted[s.where][s.mask] = c
+        painted[outside] = c
+        free = [s for s, won in zip(free, wins) if not won]
+    # Differs from the paper: SEPL's masks have no 255; here such a pixel stays so where no class is painted.
+    painted[(mask == IGNORE) & (painted == 0)] = IGNORE
+    return painted
 
 
 def paint(segments, labels, order, canvas):
     """Writes labels[i] over the pixels of segments[i], in ascending order[i].
 
-    Where that is equal, larger segments come first, then place and label decide: never the position in the
-    list.
+    Where that is equal, larger segments come first, then place and label decide, never the list's order.
     """
     ties = [(-int(s.mask.sum()), s.box, int(label)) for s, label in zip(segments, labels)]
     for i in sorted(range(len(segments)), key=lambda i: (order[i], ties[i])):

@@ -9,7 +9,7 @@ half precision. By stage and precision:
     weights   |w - w_float32| over |w_float32|
     skipped   fp16 steps that were left out, since a gradient overflowed at the scale of the loss
 
-    python -m tests.rigs.precision --device cuda             # 50 steps of 8 images
+    python -m tests.rigs.precision --device cuda
 """
 import argparse
 import json
@@ -29,6 +29,7 @@ BOUNDS = {  # what docs/running.md states, over 50 steps; a run that exceeds the
     "bf16": {"loss": 0.25, "mean": 0.05, "weights": 0.15},
     "fp16": {"loss": 0.03, "mean": 0.005, "weights": 0.015},
 }
+STEPS, IMAGES, BATCH = 50, 80, 8
 STAGES = {"match": ("train_match.py", "MATCH"), "prompts": ("train_prompt.py", "PROMPT"),
           "refine": ("train_refine.py", "REFINE")}
 
@@ -76,13 +77,13 @@ def first_prompts(out, world):
     return {"vectors": clip_model.BackgroundPrompts(clip, *shape[:2]).vectors.detach().double()}
 
 
-def measure(root, args):
+def measure(root, device):
     """{(generator, stage, precision): row}; each stage starts from what float32 has made before it."""
     flags, world, rows = recipe(), root / "data", {}
-    shared = ["--data", world, "--split", "train", "--workers", 0, "--device", args.device]
-    steps = ["--batch-size", args.batch_size, "--epochs", args.steps * args.batch_size // args.images,
-             "--log-every", 1, "--save-every", args.steps]
-    stage("make_toy.py", "--out", world, "--train", args.images, "--val", 1)
+    shared = ["--data", world, "--split", "train", "--workers", 0, "--device", device]
+    epochs = STEPS * BATCH // IMAGES
+    steps = ["--batch-size", BATCH, "--epochs", epochs, "--log-every", 1, "--save-every", STEPS]
+    stage("make_toy.py", "--out", world, "--train", IMAGES, "--val", 1)
     for kind in ("cnn_toy", "deit_tiny"):
         made = root / kind
         if kind == "cnn_toy":
@@ -111,18 +112,12 @@ def measure(root, args):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--steps", type=int, default=50, help="a multiple of --images / --batch-size")
-    p.add_argument("--images", type=int, default=80)
-    p.add_argument("--batch-size", type=int, default=8)
     p.add_argument("--device", default="cpu")
+    device = p.parse_args().device
     with tempfile.TemporaryDirectory() as folder:
-        rows = measure(Path(folder), p.parse_args())
-    print("| generator | stage | precision | loss, largest | loss, mean | weights, of the way | "
-          "of themselves | fp16 steps skipped |\n" + "|---" * 8 + "|")
+        rows = measure(Path(folder), device)
     for key, row in rows.items():
-        values = [f"{row[name]:.1e}" for name in ("loss", "mean", "way", "weights")]
-        values.append("" if row["skipped"] is None else f"{row['skipped']:.0f}")
-        print(f"| {' | '.join([*key, *values])} |")
+        print(*key, *(f"{name} {value}" for name, value in row.items()))
     sys.exit(any(row[name] > bound for key, row in rows.items() for name, bound in BOUNDS[key[2]].items()))
 
 
