@@ -2,7 +2,7 @@
 # The whole pipeline on the embedded toy world, on a CPU, from nothing. A second call skips what is finished.
 #   bash run_toy.sh          data in data/toy, results in runs/toy; what follows goes to every stage
 #   SEED=1 bash run_toy.sh   another seed, in runs/toy_seed1
-#   LOOK=1 bash run_toy.sh   24 images, one epoch a stage, in data/toy_look and runs/toy_look: does it all run?
+#   LOOK=1 bash run_toy.sh   24 images, one epoch a stage, in data/toy_look and runs/toy_look: a check
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 SEED=${SEED:-0} name=toy${LOOK:+_look}

@@ -62,7 +62,8 @@ stage() {
     local line commands=$OUT/commands.txt
     line=$(printf '%q ' "$@" ${more[@]+"${more[@]}"})
     if [ "$passing" = ask ]; then
-        if [ ! -e "$DATA" ] || [ -n "$(find "$DATA" "$OUT" -newer "$commands" 2>/dev/null | head -n 1)" ]; then
+        if [ ! -e "$DATA" ] ||
+                [ -n "$(find "$DATA" "$OUT" -newer "$commands" 2>/dev/null | head -n 1)" ]; then
             rm -f "$commands"
         fi
         [ -e "$commands" ] || passing=
