@@ -5,7 +5,8 @@ source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 if [ "$("$PYTHON" -c "import sys; print(sys.prefix)")" = "$PWD/.venv" ] &&
         ! cmp -s tests/requirements.txt .venv/complete-tests; then
-    "$PYTHON" -m pip install --quiet -r tests/requirements.txt && cp tests/requirements.txt .venv/complete-tests
+    "$PYTHON" -m pip install --quiet -r tests/requirements.txt
+    cp tests/requirements.txt .venv/complete-tests
 fi
 parallel=()
 if "$PYTHON" -c 'import xdist' 2>/dev/null; then

@@ -102,9 +102,10 @@ def test_lengths():
     found = []
     for path in [*FILES, *ROOT.glob("*.sh")]:
         lines = path.read_text().splitlines()
-        wide = 110 if path.suffix == ".py" else 160                # of a stage's command, on one line
-        found += [f"{named(path)}:{n}" for n, line in enumerate(lines, 1) if len(line) > wide]
-        most = 360 if path.parent.name in ("wsss", "plumbing") else 10**6
+        recipe = ("CLS=", "MATCH=", "REFINE=") if path.name == "run_toy.sh" else ()  # a line each, to be read
+        found += [f"{named(path)}:{n}" for n, line in enumerate(lines, 1)
+                  if len(line) > 110 and not line.startswith(recipe)]
+        most = 350 if path.parent.name in ("wsss", "plumbing") else 10**6
         if path in SCRIPTS and path.name not in ("make_toy.py", "prepare_data.py", "report.py"):
             most = 250
         if len(lines) > most:

@@ -266,10 +266,9 @@ class ClipDecoder(nn.Module):
     """VPL's second phase: a decoder over the frozen CLIP, whose pixels V are compared with prototypes W.
 
     The patches of every block but the last, each through an MLP of two layers, are concatenated and mixed;
-    then three transformer blocks, and V in CLIP's joint space. logits "raw": W^T V, as in Eq. 12-14; "cosine":
-    cos(V, W) / tau_I. Background: logsumexp over its columns. `encode`: images -> list of (B, N, channels), grid
-    (h, w)."""
-
+    then three transformer blocks, and V in CLIP's joint space. logits: "raw" W^T V, as in Eq. 12-14, or
+    "cosine" cos(V, W) / tau_I; the background's is the logsumexp over its columns.
+    `encode`: images -> list of (B, N, channels), grid (h, w)."""
     # Differs from the paper: it says "decoder" and no more; this one is of WeCLIP's kind.
     mark, window = "prototypes", None
 
