@@ -119,10 +119,10 @@ def make_maps(maps, images, b, k, args):
     for scale in args.scales:
         scaled = images
         if scale != 1:
-            # From the authors' code, not in the paper: as PIL's bicubic, antialiased, of 8-bit pixels.
+            # From the authors' code, not in the paper: PIL's bicubic, which torch has for bytes on the CPU.
             at = [max(1, round(n * scale)) for n in size]
-            scaled = F.interpolate(images, at, mode="bicubic", antialias=True, align_corners=False)
-            scaled = (255 * scaled).round().clamp(0, 255) / 255
+            scaled = (255 * images).round().byte().cpu()
+            scaled = F.interpolate(scaled, at, mode="bicubic", antialias=True).to(images.device) / 255
         for mirrored in (False, True)[:1 + args.flip]:
             part = maps(scaled.flip(-1) if mirrored else scaled, b, k)[:, None].float()  # (P, 1, h, w)
             part = F.interpolate(part, size, mode="bilinear", align_corners=False)[:, 0]

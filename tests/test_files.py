@@ -1,5 +1,6 @@
 """Whole files, hashes, JSON, lists of lines, plain arrays: each refusal names the file."""
 import hashlib
+import json
 import os
 
 import pytest
@@ -33,6 +34,15 @@ def test_lines_with_a_byte_order_mark_and_carriage_returns(tmp_path):
     path.write_bytes("a_1\n".encode("utf-16"))
     with pytest.raises(ValueError, match="train.txt is not UTF-8"):
         files.read_lines(path)
+
+
+def test_a_file_is_replaced_as_a_whole(tmp_path):
+    path = tmp_path / "a.json"
+    files.save_json(path, {"a": 1})
+    with open(path) as before:
+        files.save_json(path, {"a": 2})
+        assert json.load(before) == {"a": 1}
+    assert files.read_json(path) == {"a": 2}
 
 
 def test_what_is_not_a_file_is_not_read(tmp_path):

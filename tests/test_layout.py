@@ -1,8 +1,11 @@
 """Who may know whom, and the rules of the house that a program can check."""
 import ast
 import functools
+import importlib.util
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -77,6 +80,18 @@ def test_wsss_is_torch_and_mathematics():
         calls = [node for each in rest for node in ast.walk(each) if isinstance(node, ast.Call)]
         forbidden = {ast.unparse(call.func) for call in calls} & {"print", "open", "torch.load", "torch.save"}
         assert not forbidden, f"{named(path)}: {forbidden}"
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "wsss").glob("[!_]*.py")), ids=named)
+def test_a_file_of_wsss_copies_alone(path, tmp_path, monkeypatch):
+    copied = Path(shutil.copy(path, tmp_path))
+    monkeypatch.setattr(sys, "path", [place for place in sys.path if Path(place).resolve() != ROOT])
+    for name in list(sys.modules):
+        if name.split(".")[0] in OURS:
+            monkeypatch.delitem(sys.modules, name)
+    spec = importlib.util.spec_from_file_location(f"copied_{path.stem}", copied)
+    spec.loader.exec_module(importlib.util.module_from_spec(spec))
+    assert not [name for name in sys.modules if name.split(".")[0] in OURS]
 
 
 # ---------------------------------------------------------------- rules of the house
