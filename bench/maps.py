@@ -137,8 +137,8 @@ def one_by_one(S, images, k, scales):
             scaled = image[None]
             if scale != 1:                                    # as PIL's bicubic of 8-bit pixels
                 at = [round(n * scale) for n in size]
-                scaled = F.interpolate(scaled, at, mode="bicubic", antialias=True, align_corners=False)
-                scaled = (255 * scaled).round().clamp(0, 255) / 255
+                scaled = (255 * scaled).round().byte().cpu()
+                scaled = F.interpolate(scaled, at, mode="bicubic", antialias=True).to(images.device) / 255
             for flip in (False, True):
                 maps = S.maps(scaled.flip(-1) if flip else scaled)
                 maps = F.interpolate(maps, size, mode="bilinear", align_corners=False)[0]     # (C, H, W)
