@@ -134,6 +134,7 @@ class Stop:
                     self.before[number] = signal.signal(number, self.hear)
 
     def rest(self):
+        self.later = True                                     # all is done: a Ctrl-C ends nothing here
         sys.unraisablehook = self.hook
         for number, handler in self.before.items():
             signal.signal(number, handler or signal.SIG_DFL)
