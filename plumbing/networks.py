@@ -89,6 +89,12 @@ IMAGENET = {"deit_small": "deit_small_patch16_224-cd65a155.pth", "resnet50": "re
 TINY = {"width": 64, "depth": 2, "heads": 4, "patch": 6, "grid": 4, "reduction": 2}      # DeiT for tests
 
 
+def imagenet_weights(kind, name):
+    if name not in IMAGENET:
+        raise ValueError(f"{kind} {name} has no ImageNet weights: give the file of its backbone, or none")
+    return weights.download(IMAGENET[name])
+
+
 def new_generator(name, num_classes, start, pool=None, drop_path=0.1, reduction=8):
     """A fresh S. `start`: "none", "imagenet" (downloaded once), or a file with ImageNet or toy backbone
     weights."""
@@ -104,10 +110,7 @@ def new_generator(name, num_classes, start, pool=None, drop_path=0.1, reduction=
         from toy import networks as toy
         model = {"cnn_toy": toy.ToyCNN, "clims_toy": toy.ToyClims}[name](num_classes)
     if start == "imagenet":
-        if name not in IMAGENET:
-            raise ValueError(f"generator {name} has no ImageNet weights: give the file of its backbone, or "
-                             "none")
-        model.load_imagenet(weights.download(IMAGENET[name]))
+        model.load_imagenet(imagenet_weights("generator", name))
     elif start != "none":
         state, notes = weights.state_of(weights.read(start), start)
         weights.fit(start, model.load_imagenet, state)
@@ -206,10 +209,7 @@ def new_segmenter(name, num_classes, init="none", classes=None):
         from toy import networks as toy
         model = {"deeplab_toy": toy.deeplab_toy, "segmenter_toy": toy.segmenter_toy}[name](num_classes)
     if init == "imagenet":
-        if name not in IMAGENET:
-            raise ValueError(f"segmenter {name} has no ImageNet weights: give the file of its backbone, or "
-                             "none")
-        model.load_backbone(weights.download(IMAGENET[name]))
+        model.load_backbone(imagenet_weights("segmenter", name))
     elif init != "none":
         content = weights.read(init)
         state, notes = weights.state_of(content, init)
