@@ -56,8 +56,8 @@ def parse():
     g = p.add_argument_group("CLIP's GradCAM (--source text, vision)")
     g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a ViT")
     g.add_argument("--prompt", choices=list(texts.PROMPTS), default="ensemble", help="texts (VPL Table 4)")
-    g.add_argument("--tau-t", type=flags.above_zero, default=0.01,
-                   help="CLIP's own temperature: 1 / its logit scale")
+    g.add_argument("--tau-t", type=flags.above_zero,
+                   help="temperature of texts (default: CLIP's own, 1 / its logit scale: .01 for OpenAI's)")
     g.add_argument("--tau-i", type=flags.above_zero,
                    help="temperature of vision prototypes (default: the one they were learned with)")
     g.add_argument("--affinity", action=argparse.BooleanOptionalAction, default=True,
@@ -95,7 +95,8 @@ def open_clip(args, folder, run):
     if args.source == "text":
         shown = texts.prompt_texts(folder.classes, backgrounds, args.prompt)
         columns = clip.encode_ensemble(shown)
-        tau, weights = args.tau_t, files.fingerprint(args.clip) or args.clip
+        tau = args.tau_t = args.tau_t or clip.tau
+        weights = files.fingerprint(args.clip) or args.clip
     else:
         path = args.out / "prototypes.pt"
         content = networks.load_prototypes(path, folder, backgrounds, clip)

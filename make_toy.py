@@ -41,10 +41,10 @@ def parse():
     p.add_argument("--weights", type=Path, default=files.ROOT / "weights",
                    help="where the two pre-trained networks are stored")
     p.add_argument("--train-weights", action="store_true",
-                   help="train the two networks anew and replace those in --weights, 11 CPU-minutes")
+                   help="train the two networks anew and replace those in --weights, 20 CPU-minutes")
     p.add_argument("--weights-seed", type=flags.natural, default=0,
                    help="seed of the networks and of what they are trained on")
-    p.add_argument("--clip-steps", type=flags.positive, default=800, help="training steps of the CLIP")
+    p.add_argument("--clip-steps", type=flags.positive, default=1200, help="training steps of the CLIP")
     p.add_argument("--backbone-steps", type=flags.positive, default=500, help="training steps of the CNN")
     return p.parse_args()
 

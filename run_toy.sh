@@ -15,9 +15,9 @@ OUT=${OUT:-runs/$name}
 IMAGES="--train 384 --val 128"
 SHARED="--split train --workers 0 --amp off"
 CLS="--generator cnn_toy --no-train-backbone --crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 8 --lr 1e-3 --warmup 1"
-MATCH="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3 --lambda-b 0.75"
-PROMPT="--crop 96 --min-scale 1 --batch-size 64 --epochs 30 --lr 0.025 --lambda-t 0.02 --views 2"
-REFINE="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3 --lambda-b 0.75 --lambda-refine 0.2"
+MATCH="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3"
+PROMPT="--crop 96 --min-scale 1 --batch-size 64 --epochs 30 --lr 0.025 --views 2"
+REFINE="--crop 96 --min-scale 1 --no-randaugment --erase 0 --batch-size 32 --epochs 4 --lr 2e-3 --lambda-refine 0.2"
 THRESHOLD="--threshold 0.4"
 MASKS="--preset deeplab"
 SEGMENTS="--source felzenszwalb --min-area 10"
@@ -25,10 +25,11 @@ VOTE="--power 1"
 SEG="--model deeplab_toy --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8
     --iterations 240 --lr 1e-4"
 PREDICT="--scales 1 --batch-size 32 --no-crf"
-LOCALISE="--no-affinity --prompt single --tau-t 0.0665"
-PROTOTYPES="--tau-i 0.1995 --no-label-mask --no-background-pixels --features value --steps 300"
-DECODER="--model clip_decoder --lambda-rsc 0.1 --optimizer adamw --lr 2e-3 --width 64 --crop 96 --min-scale 1
-    --max-scale 1 --batch-size 8 --iterations 500"
+ENLARGED="--scales 1.5 --batch-size 32 --no-crf"
+LOCALISE="--no-affinity --prompt single"
+PROTOTYPES="--tau-i 0.175 --steps 300"
+DECODER="--model clip_decoder --lambda-rsc 0.1 --optimizer adamw --lr 2e-3 --width 64 --crop 96
+    --min-scale 1.5 --max-scale 1.5 --batch-size 8 --iterations 500"
 
 if [ -n "${LOOK:-}" ]; then
     IMAGES="--train 24 --val 8"
@@ -70,7 +71,7 @@ stage eval.py "${shared[@]}" --split val --what seg $PREDICT --save
 shared=(--data "$DATA" --out "$OUT/vpl" --seed "$SEED" $SHARED)
 stage vpl.py "${shared[@]}" "${clip[@]}" $LOCALISE $PROTOTYPES
 stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source text --cam cam_text
-stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source text --cam cam_text_soft --tau-t 0.1995
+stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source text --cam cam_text_soft --tau-t 0.175
 stage make_cam.py "${shared[@]}" "${clip[@]}" $LOCALISE --source vision --cam cam_vision
 for source in text text_soft vision; do
     stage eval.py "${shared[@]}" --what cam --cam cam_$source $THRESHOLD
@@ -78,7 +79,7 @@ done
 stage make_pseudo.py "${shared[@]}" --cam cam_vision --background power $MASKS
 stage eval.py "${shared[@]}" --what pseudo
 stage train_seg.py "${shared[@]}" "${clip[@]}" $DECODER
-stage eval.py "${shared[@]}" --split val --what seg $PREDICT --save
+stage eval.py "${shared[@]}" --split val --what seg $ENLARGED --save
 
 stage report.py --data "$DATA" --out "$OUT" --split train --workers 0 --amp off
 echo "== look at $OUT/report.html (the whole run), $OUT/sheets/*.png and $OUT/vpl/sheets/*.png (maps),"

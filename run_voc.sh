@@ -106,8 +106,8 @@ else
     if [ "$METHOD" = vpl ]; then
         by=vision
         stage vpl.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 \
-            --features patch --pool pixel --target soft --label-mask --background-pixels --learn-background \
-            --max-pixels 4000000 --steps 3000 --lr 10 $steps
+            --features value --pool pixel --target soft --harden 0.6 --no-label-mask --background-pixels \
+            --learn-background --max-pixels 4000000 --steps 3000 --lr 10 $steps
     fi
     stage make_cam.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --source $by --scales 1.0 \
         --no-flip

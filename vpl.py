@@ -9,8 +9,8 @@ Writes  <out>/prototypes.pt, <out>/prototypes.last.pt (to resume), <out>/prototy
 1. The texts Z mark pixels: refined GradCAM maps (CLIP-ES) of every present class against the other present
    classes and all backgrounds. A pixel belongs to its strongest class where that map is at least --phi, else
    to the background where 1 - map is, else to nothing.
-2. P' = softmax(x . Z / tau_T) over the image's classes and the backgrounds; x: the pixel's feature in CLIP's
-   joint space.
+2. P' = softmax(x . Z / tau_T) over all columns, rows that are sure made one-hot; x: the pixel's value in the
+   last block, taken to CLIP's joint space.
 3. W starts at Z and minimises the mean of KL(P' || P), P = softmax(x . W / tau_I) over all columns, by
    projected gradient descent.
 
@@ -37,8 +37,8 @@ def parse():
     g.add_argument("--prompt", choices=list(texts.PROMPTS), default="ensemble",
                    help="texts of classes and backgrounds (Table 4): 'a photo of a {}.'; CLIP-ES's 'a clean "
                         "origami {}.' with synonyms; or the mean over seven templates")
-    g.add_argument("--tau-t", type=flags.above_zero, default=0.01,
-                   help="CLIP's own temperature: 1 / its logit scale")
+    g.add_argument("--tau-t", type=flags.above_zero,
+                   help="temperature of texts (default: CLIP's own, 1 / its logit scale: .01 for OpenAI's)")
     g.add_argument("--affinity", action=argparse.BooleanOptionalAction, default=True,
                    help="refine the maps by attention (CLIP-ES's CAA)")
     g.add_argument("--box", type=flags.share, default=0.4,
@@ -52,15 +52,15 @@ def parse():
     g.add_argument("--max-pixels", type=flags.natural, default=4_000_000,
                    help="bound on marked pixels: each image keeps at most its share, drawn by chance; 0: all")
     g = p.add_argument_group("what W learns (VPL)")
-    g.add_argument("--features", choices=["patch", "value"], default="patch",
+    g.add_argument("--features", choices=["patch", "value"], default="value",
                    help="x: a patch's output, or its own value in the last block as MaskCLIP reads CLIP")
     g.add_argument("--pool", choices=["pixel", "region"], default="pixel",
                    help="x of every marked pixel, or their mean over each class of an image")
     g.add_argument("--target", choices=["soft", "hard"], default="soft",
                    help="P' by the texts (Eq. 7), or by the maps (Eq. 3): 1 for the marked class")
-    g.add_argument("--harden", type=flags.share, default=0.0,
-                   help="rows of P' whose maximum exceeds this become one-hot, as in InMaP (0.6); 0: none")
-    g.add_argument("--label-mask", action=argparse.BooleanOptionalAction, default=True,
+    g.add_argument("--harden", type=flags.share, default=0.6,
+                   help="rows of P' whose maximum exceeds this become one-hot, as in InMaP; 0: none")
+    g.add_argument("--label-mask", action=argparse.BooleanOptionalAction, default=False,
                    help="leave the classes that an image does not hold out of its P'")
     g.add_argument("--learn-background", action=argparse.BooleanOptionalAction, default=True,
                    help="learn the backgrounds' prototypes too; else they stay texts and mark no pixels")
@@ -80,11 +80,11 @@ NOT_OF_FEATURES = ("tau_i", "target", "harden", "label_mask", "steps", "lr", "mo
 
 # ---------------------------------------------------------------- what the texts mark
 
-def mark(clip, x, attention, grid, labels, Z, args):
+def mark(clip, x, attention, grid, labels, Z, tau, args):
     """The class of every patch by the texts' maps, (B, N): 0..C-1, C for the background, -1 for neither."""
     b, k = labels.nonzero(as_tuple=True)                                              # (P,) image and class
     box = args.box if args.affinity else None
-    maps = gradcam.class_maps(clip, x, attention, grid, Z, labels.shape[1], b, k, 1 / args.tau_t, box)
+    maps = gradcam.class_maps(clip, x, attention, grid, Z, labels.shape[1], b, k, 1 / tau, box)
     scores = maps.new_zeros(*labels.shape, *grid)                                     # (B, C, h, w)
     scores[b, k] = maps
     best, marked = scores.flatten(2).max(1)                                           # (B, N) each
@@ -108,7 +108,7 @@ def choose(x, marked, number, quota, args):
 
 
 @torch.no_grad()
-def collect_features(clip, Z, folder, ids, labels, args, run):
+def collect_features(clip, Z, tau, folder, ids, labels, args, run):
     """Writes the features of this process's images that are not there yet."""
     where = args.out / "features"
     mine = [n for n in run.shard(range(len(ids))) if not (where / f"{ids[n]}.npy").exists()]
@@ -120,7 +120,7 @@ def collect_features(clip, Z, folder, ids, labels, args, run):
         with run.autocast():
             x, attention, grid = gradcam.last_inputs(clip, images,
                                                      size=gradcam.within(images.shape[-2:], args.max_side))
-        marked = mark(clip, x, attention, grid, labels[numbers].to(run.device), Z, args)
+        marked = mark(clip, x, attention, grid, labels[numbers].to(run.device), Z, tau, args)
         for n, features, classes in zip(numbers, gradcam.patch_features(clip, x, args.features), marked):
             if not features.isfinite().all():
                 raise ValueError(f"CLIP's features of {ids[n]} are not finite: look at the image, take --amp "
@@ -132,7 +132,7 @@ def collect_features(clip, Z, folder, ids, labels, args, run):
 
 # ---------------------------------------------------------------- what W learns from
 
-def text_targets(x, marked, label, Z, args):
+def text_targets(x, marked, label, Z, tau, args):
     """P' of one image's pixels (n, M); `label` (C,) says which classes it holds."""
     C, M = len(label), len(Z)
     owner = torch.arange(M, device=x.device).clamp(max=C)                             # (M,) a column's class
@@ -141,11 +141,11 @@ def text_targets(x, marked, label, Z, args):
         allowed = marked[:, None] == owner                    # one class, or every background
     elif args.label_mask:
         allowed = F.pad(label, (0, M - C), value=1).bool().expand(len(x), -1)
-    p_text = losses.assignment(x, Z, args.tau_t, allowed)                             # Eq. 5
+    p_text = losses.assignment(x, Z, tau, allowed)                             # Eq. 5
     return losses.harden(p_text, args.harden) if args.harden else p_text
 
 
-def read_features(Z, ids, labels, args, run):
+def read_features(Z, tau, ids, labels, args, run):
     """This process's share of <out>/features: x (n, D) float16, P' (n, M), pixels of every class (C + 1,)."""
     x, p_text = [Z[:0].half()], [Z.new_zeros(0, len(Z))]
     marked = [torch.zeros(0, dtype=torch.long, device=Z.device)]
@@ -160,7 +160,7 @@ def read_features(Z, ids, labels, args, run):
                              "remove it and run vpl.py again") from None
         x.append(rows[:, :-1])
         marked.append(rows[:, -1].long())
-        p_text.append(text_targets(x[-1], marked[-1], labels[n].to(Z.device), Z, args))
+        p_text.append(text_targets(x[-1], marked[-1], labels[n].to(Z.device), Z, tau, args))
     return torch.cat(x), torch.cat(p_text), torch.bincount(torch.cat(marked), minlength=labels.shape[1] + 1)
 
 
@@ -181,11 +181,12 @@ def main():
     clip = networks.load_clip(args.clip, run, vit=True)
     prompts = texts.prompt_texts(classes, backgrounds, args.prompt)
     Z = clip.encode_ensemble(prompts)                         # (M, D): classes, backgrounds
+    tau_t = args.tau_t or clip.tau
     checkpoints.open_folder(args.out / "features", args, run, NOT_OF_FEATURES, keep=True, classes=classes,
                             backgrounds=backgrounds)
-    collect_features(clip, Z, folder, ids, labels, args, run)
+    collect_features(clip, Z, tau_t, folder, ids, labels, args, run)
     run.barrier()
-    x, p_text, pixels = read_features(Z, ids, labels, args, run)  # (n, D), (n, M) of this process
+    x, p_text, pixels = read_features(Z, tau_t, ids, labels, args, run)  # (n, D), (n, M) of this process
     pixels = run.sum(pixels).tolist()
     n = sum(pixels)
     if sum(pixels[:-1]) == 0:
@@ -238,7 +239,7 @@ def main():
         print(f"gap {gaps['before']:.3f} with texts, {gaps['after']:.3f} with vision prototypes")
     keeper.finish(model={"prototypes": W.float().cpu(), "text": Z.cpu()}, classes=classes,
                   backgrounds=list(backgrounds), clip=clip.fingerprint(), gap=gaps, pixels=pixels,
-                  tau_t=args.tau_t, tau_i=args.tau_i)
+                  tau_t=tau_t, tau_i=args.tau_i)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,8 @@ def parser(doc, out, pairs, first_draw):
     p.add_argument("--pairs", type=flags.positive, default=pairs)
     p.add_argument("--first-draw", type=flags.natural, default=first_draw,
                    help="draws 100 to 110 chose the recipe")
+    p.add_argument("--weights", type=Path, default=Path("weights"),
+                   help="folder of the two pre-trained networks")
     p.add_argument("--jobs", type=flags.positive, default=2, help="pairs at a time, a process each")
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=flags.natural, help="run this pair in this process (used by --jobs)")
@@ -110,7 +112,7 @@ def parser(doc, out, pairs, first_draw):
 
 def by_draw(args, recipe):
     """The pairs of --first-draw, the next draw, ...; the seeds are 0, 1, ..."""
-    return [Pair(args.out, n, args.first_draw + n, n, recipe) for n in range(args.pairs)]
+    return [Pair(args.out, n, args.first_draw + n, n, recipe, args.weights) for n in range(args.pairs)]
 
 
 def study(args, name, pairs, complete, fill, table, mark=None):

@@ -7,8 +7,9 @@ every (c) train equally long from that start:
     match   (a), L_match alone                    text     (c), prompts by the text term alone
     full    (c), prompts by Eq. 2                 image    (c), prompts by the image term alone
 
-More rows: lambda_<x>, (c) with that lambda; from_match, (c) from (a)'s S, so trained twice as long; again,
-L_match alone from there; joint and alternate_<n>, Table 6 of the arXiv version (ablations/schemes.py).
+More rows: lambda_<x>, (c) with that lambda; lambda_t_<x>, (b) with that lambda_t; from_match, (c) from (a)'s
+S, so trained twice as long; again, L_match alone from there; joint and alternate_<n>, Table 6 of the arXiv
+version (ablations/schemes.py).
 
 The threshold was fixed beforehand; the truth only scores. Beside mIoU: the share of the objects that is lit
 (recall), the share of their own background (own), and that share at the threshold where the row has the
@@ -31,10 +32,10 @@ GRID = np.linspace(0, 1, 201)                                 # thresholds
 
 
 def row(text):
-    kind, _, number = text.partition("_")
+    kind, _, number = text.rpartition("_")
     if text not in TABLE5 + ["from_match", "again", "joint"]:
         try:
-            {"lambda": float, "alternate": int}[kind](number)
+            {"lambda": float, "lambda_t": float, "alternate": int}[kind](number)
         except (KeyError, ValueError):
             raise argparse.ArgumentTypeError(f"{text!r} is no row of this table") from None
     return text
@@ -48,15 +49,18 @@ def parse():
 
 def train(pair, name, out):
     """A row of (c) -> <out>/refine.pt"""
-    kind, _, number = name.partition("_")
+    kind, _, number = name.rpartition("_")
     start = pair.root / "base" / ("match.pt" if name in ("from_match", "again") else "cls.pt")
     if name not in ("again", "random", "joint"):              # these need no (b)
         b = {"text": ["--lambda-i", "0"], "image": ["--lambda-t", "0"]}.get(name, [])
+        b += ["--lambda-t", number] if kind == "lambda_t" else []
+        if kind == "lambda" and "full" in pair.rows:          # the same prompts
+            pairs.link(pair.root / "full/prompts.pt", out)
         pair.run("train_prompt.py", out, *pair.clip, *pair.recipe["PROMPT"], *b,
                  "--init", pair.root / "base/match.pt")
     c = {"again": ["--lambda-refine", "0", "--prompts", "random"], "random": ["--prompts", "random"],
          "lambda": ["--lambda-refine", number], "joint": ["--scheme", "joint"],
-         "alternate": ["--scheme", "alternate", "--rounds", number]}.get(kind, [])
+         "alternate": ["--scheme", "alternate", "--rounds", number]}.get(kind or name, [])
     script = "ablations.schemes" if "--scheme" in c else "train_refine.py"
     pair.run(script, out, *pair.clip, *pair.recipe["REFINE"], *c, "--init", start)
 

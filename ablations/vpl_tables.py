@@ -1,17 +1,20 @@
 """VPL's Tables 3 to 7 on the toy world: vision prototypes against texts at the same temperature.
 
-Temperatures are those of the CLIP at hand: tau_T = 1 / its logit scale, tau_I = 3 tau_T, the paper's ratio.
+Temperatures are those of the CLIP at hand: tau_T = 1 / its logit scale, tau_I = 9 tau_T (the paper: 3 tau_T).
 
     text             text maps at tau_T (CLIP-ES)
     text, softened   text maps at tau_I: a softer softmax alone changes maps
-    literal          vision prototypes, the defaults of vpl.py
-    all classes      with --no-label-mask: P' over all columns, as Eq. 5 is written
-    seeds            and --no-background-pixels: --phi then cuts 0-1 seeds of the classes, as Table 6 has it
-    value seeds      and --features value: each patch's own value in the last block
+    vision           vision prototypes, the defaults of vpl.py
+    soft             with --harden 0: P' as Eq. 5 is written
+    labels           with --label-mask: P' over an image's own classes and the backgrounds
+    patch            with --features patch: x is a patch's output, not its value
+    literal          all three: the reading of the first version
+    modify gap       no learning: the texts shifted by the gap (Table 4)
 
 --table main: these rows for each CLIP; maps at threshold .4 and .5, masks by CRF `deeplab` with background
-(1 - max), on train. --table sweeps: Tables 4 to 7, for `value seeds`. --table phase2: Table 3, on val.
-Differences are paired by draw. The truth only scores. Draws 5 and 100 chose the rows and their flags.
+(1 - max), on train. --table sweeps: Tables 4 to 7, from `vision`. --table phase2: Table 3, on val.
+Differences are paired by CLIP and draw. The truth only scores. Draws 5 and 100 chose the defaults of vpl.py
+and tau_I.
 
     python -m ablations.vpl_tables --write
     python -m ablations.vpl_tables --table sweeps --write
@@ -27,18 +30,20 @@ import torch
 from ablations import pairs
 from plumbing import checkpoints, guard
 
-SEEDS = ["--no-label-mask", "--no-background-pixels"]
-VALUE_SEEDS = [*SEEDS, "--features", "value"]
-ROWS = {"literal": [], "all classes": ["--no-label-mask"], "seeds": SEEDS, "value seeds": VALUE_SEEDS}
-SWEEPS = {"tau_I / tau_T": [1, 2, 3, 4, 5], "phi": [.2, .3, .4, .5, .6, .7],
-          "steps": [10, 30, 100, 300, 1000], "prompt": ["single", "ensemble"]}
+RATIO = 9                                                     # tau_I / tau_T
+LITERAL = ["--features", "patch", "--label-mask", "--harden", "0"]
+ROWS = {"vision": [], "soft": LITERAL[3:], "labels": LITERAL[2:3], "patch": LITERAL[:2], "literal": LITERAL,
+        "modify gap": ["--modify-gap"]}
+STEPS = 300
+SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .3, .4, .5, .6, .7], "steps": [10, 30, 100, 300, 1000],
+          "prompt": ["single", "ensemble", "templates"]}     # tau: tau_I / tau_T
 
 
 def parse():
     p = pairs.parser(__doc__, "runs/vpl_tables", pairs=5, first_draw=401)
     p.add_argument("--table", choices=["main", "sweeps", "phase2"], default="main")
     p.add_argument("--clips", type=Path, nargs="+", default=[Path("weights")],
-                   help="folders of weights that make_toy.py has made; sweeps and phase2 take the first")
+                   help="folders of weights that make_toy.py has made")
     return p.parse_args()
 
 
@@ -55,15 +60,15 @@ def localise(pair, ratio, prompt):
     return [*pair.clip, "--tau-t", tau, "--tau-i", ratio * tau, "--no-affinity", "--prompt", prompt]
 
 
-def learn(pair, out, more, ratio=3, prompt="single"):
+def learn(pair, out, more, ratio=RATIO, prompt="single"):
     """vpl.py -> the gap with texts and with prototypes"""
-    pair.run("vpl.py", out, *localise(pair, ratio, prompt), "--steps", 300, *more)
+    pair.run("vpl.py", out, *localise(pair, ratio, prompt), "--steps", STEPS, *more)
     return checkpoints.load(out / "prototypes.pt", "prototypes")["gap"]
 
 
-def score(pair, out, source, ratio=3, prompt="single", split="train", crf=True):
+def score(pair, out, source, ratio=RATIO, prompt="single", split="train", crf=True, more=()):
     """mIoU of a source's maps at .4 and .5, and after the CRF. Texts at `ratio` times tau_T."""
-    flags = localise(pair, ratio, prompt)
+    flags = [*localise(pair, ratio, prompt), *more]
     cam = f"{source}_{split}"
     if source == "text":
         flags += ["--tau-t", ratio * temperature(pair)]
@@ -83,26 +88,32 @@ def fill_main(pair):
         out = pair.root / name.replace(" ", "_")
         gap = learn(pair, out, more)
         pair.rows[name] = {**score(pair, out, "vision"), "gap": gap}
+        pair.save()
 
 
 def fill_sweeps(pair):
-    """Each value with the text maps at its temperature beside it."""
+    """Each value with the text maps at its temperature beside it. All learn in one folder, by --no-resume:
+    a setting that does not change the pixels' features takes those that are there."""
+    found = {}
     for name, value in ((name, value) for name, values in SWEEPS.items() for value in values):
-        out = pair.root / f"{name}_{value}".replace(" / ", "_")
-        set_to = {"ratio": value if name == "tau_I / tau_T" else 3,
-                  "prompt": value if name == "prompt" else "single"}
-        more = [f"--{name}", value] if name in ("phi", "steps") else []
-        gap = learn(pair, out, [*VALUE_SEEDS, *more], **set_to)
-        texts = pair.root / f"texts_{set_to['ratio']}_{set_to['prompt']}"
-        pair.rows[f"{name} {value}"] = {"vision": score(pair, out, "vision", **set_to, crf=False), "gap": gap,
-                                        "text": score(pair, texts, "text", **set_to, crf=False)}
+        setting = {"tau": RATIO, "phi": .4, "steps": STEPS, "prompt": "single", name: value}
+        at = {"ratio": setting["tau"], "prompt": setting["prompt"]}
+        if (key := tuple(setting.values())) not in found:
+            more = ["--phi", setting["phi"], "--steps", setting["steps"], "--no-resume"]
+            gap = learn(pair, pair.root / "vision", more, **at)
+            vision = score(pair, pair.root / "vision", "vision", **at, crf=False, more=["--no-resume"])
+            found[key] = {"vision": vision, "gap": gap}
+        texts = tuple(at.values())
+        if texts not in found:
+            found[texts] = score(pair, pair.root / "text", "text", **at, crf=False, more=["--no-resume"])
+        pair.rows[f"{name} {value}"] = {**found[key], "text": found[texts]}
 
 
 def fill_phase2(pair):
     pair.rows["text"] = score(pair, pair.root / "text", "text", ratio=1, split="val")
     pair.rows["text, softened"] = score(pair, pair.root / "soft", "text", split="val")
-    vision = pair.root / "value_seeds"
-    learn(pair, vision, VALUE_SEEDS)
+    vision = pair.root / "vision"
+    learn(pair, vision, [])
     pair.rows["vision"] = score(pair, vision, "vision", split="val")
     score(pair, vision, "vision")                             # the decoder learns from these masks of train
     for name, weight in (("decoder", 0), ("decoder + RSC", 1), ("decoder + RSC .1", .1)):
@@ -110,8 +121,9 @@ def fill_phase2(pair):
         pairs.link(vision / "prototypes.pt", out)
         pair.run("train_seg.py", out, *pair.clip, *pair.recipe["DECODER"], "--lambda-rsc", weight,
                  "--label-dir", vision / "masks_vision_train")
-        pair.rows[name] = {key: pair.miou(out, "seg", "seg", *pair.recipe["PREDICT"], crf, split="val")
+        pair.rows[name] = {key: pair.miou(out, "seg", "seg", *pair.recipe["ENLARGED"], crf, split="val")
                            for key, crf in (("net", "--no-crf"), ("net + CRF", "--crf"))}
+        pair.save()
 
 
 # ---------------------------------------------------------------- tables
@@ -177,9 +189,9 @@ def phase2_table(done, clips):
 
 def main():
     args = parse()
-    clips = args.clips if args.table == "main" else args.clips[:1]
-    fill, table, last = {"main": (fill_main, main_table, "value seeds"),
-                         "sweeps": (fill_sweeps, sweep_table, "prompt ensemble"),
+    clips = args.clips
+    fill, table, last = {"main": (fill_main, main_table, "modify gap"),
+                         "sweeps": (fill_sweeps, sweep_table, "prompt templates"),
                          "phase2": (fill_phase2, phase2_table, "decoder + RSC .1")}[args.table]
     args.out = (args.out / args.table).resolve()
     recipe = pairs.recipe()

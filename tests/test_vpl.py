@@ -120,7 +120,7 @@ def test_regions_are_means_and_max_pixels_is_a_draw(world, tmp_path):
 
 # ---------------------------------------------------------------- what W learns
 
-def targets(out, Z, allowed, harden=2):
+def targets(out, Z, allowed, harden=0.6):
     """x (n, D), P' (n, M) of Eq. 5 for all stored pixels. `allowed`: image's classes, own class -> columns"""
     all_x, p_text = [], []
     for id, (x, marked) in features(out).items():
@@ -128,7 +128,7 @@ def targets(out, Z, allowed, harden=2):
             columns = allowed(LABELS[id], k)
             p = torch.zeros(7).double()
             p[columns] = (Z[columns] @ pixel / 0.02).softmax(0)
-            p_text.append((p == p.max()).double() if p.max() > harden else p)
+            p_text.append((p == p.max()).double() if harden and p.max() > harden else p)
             all_x.append(pixel)
     return torch.stack(all_x), torch.stack(p_text)
 
@@ -148,19 +148,20 @@ def descend(x, p_text, W, learned):
     return W.detach(), *zip(*seen)
 
 
-def own(present, k):
-    return present + [3, 4, 5, 6]
+def every(present, k):
+    return list(range(7))
 
 
-@pytest.mark.parametrize("more,allowed", [
-    ("", own), ("--no-label-mask", lambda present, k: list(range(7))), ("--no-background-pixels", own),
-    ("--target hard", lambda present, k: [k] if k < 3 else [3, 4, 5, 6]), ("--no-learn-background", own),
-    ("--harden 0.4", own)])
-def test_the_scripts_own_steps_are_the_papers_equations(world, tmp_path, more, allowed):
+@pytest.mark.parametrize("more,allowed,harden", [
+    ("", every, 0.6), ("--harden 0", every, 0), ("--harden 0.4", every, 0.4),
+    ("--label-mask --harden 0", lambda present, k: present + [3, 4, 5, 6], 0),
+    ("--no-background-pixels", every, 0.6), ("--no-learn-background", every, 0.6),
+    ("--target hard", lambda present, k: [k] if k < 3 else [3, 4, 5, 6], 0.6)])
+def test_the_scripts_own_steps_are_the_papers_equations(world, tmp_path, more, allowed, harden):
     made = vpl(world, tmp_path, *more.split())
     V, Z = (made["model"][name].double() for name in ("prototypes", "text"))
-    x, p_text = targets(tmp_path, Z, allowed, 0.4 if "harden" in more else 2)
-    if "harden" in more:
+    x, p_text = targets(tmp_path, Z, allowed, harden)
+    if more == "--harden 0.4":
         assert 0.05 < (p_text.max(1)[0] == 1).double().mean() < 0.95
     learned = 3 if more == "--no-learn-background" else 7
     W, loss, rates = descend(x, p_text, Z, learned)
@@ -180,7 +181,7 @@ def test_the_scripts_own_steps_are_the_papers_equations(world, tmp_path, more, a
 
 def test_modify_gap_shifts_the_texts_and_learns_nothing(world, tmp_path):
     made = vpl(world, tmp_path, "--modify-gap")
-    Z, (x, _) = made["model"]["text"].double(), targets(tmp_path, made["model"]["text"].double(), own)
+    Z, (x, _) = made["model"]["text"].double(), targets(tmp_path, made["model"]["text"].double(), every)
     want = torch.stack([row + x.mean(0) - sum(Z) / 7 for row in Z])
     want = torch.stack([row / row.norm() for row in want])
     torch.testing.assert_close(made["model"]["prototypes"].double(), want, rtol=0, atol=1e-5)
@@ -247,8 +248,8 @@ def test_finished_is_skipped_another_recipe_refused_and_features_read_again(worl
     vpl(world, tmp_path, "--no-resume", "--steps", "5", "--tau-i", "0.02", "--target", "hard")
     assert times(tmp_path) == made                            # of the same pixels
     (tmp_path / "prototypes.pt").unlink()
-    done = call(*line("vpl.py", world, tmp_path, "--features", "value"))
-    refused(done, "features was made with --features patch (now value)")
+    done = call(*line("vpl.py", world, tmp_path, "--features", "patch"))
+    refused(done, "features was made with --features value (now patch)")
 
 
 def test_refused_in_one_line(world, tmp_path, tiny_clip):

@@ -42,6 +42,7 @@ class FrozenClip(nn.Module):
         super().__init__()
         self.model = model.float().eval().requires_grad_(False)
         self.size = model.visual.input_resolution
+        self.tau = 1 / model.logit_scale.exp().item()         # its own temperature, .01 for OpenAI's
         statistics = {"mean": [0.48145466, 0.4578275, 0.40821073],
                       "std": [0.26862954, 0.26130258, 0.27577711],
                       "imagenet_mean": [0.485, 0.456, 0.406], "imagenet_std": [0.229, 0.224, 0.225]}
