@@ -30,15 +30,12 @@ def parse():
 # ---------------------------------------------------------------- what the pairs have measured
 
 def measured(folder, *names):
-    """-> (pairs, names): of the pairs in `folder` that have all of them. "row:column", "row:source:column"
-
-    "a - b" is the difference of two."""
+    """-> (pairs, names), of the pairs in `folder` that have all of the names, "row:column"."""
     found = []
     for path in sorted(folder.glob("pair_*.json")):
         rows = files.read_json(path)["rows"]
         try:
-            found.append([sum(sign * look_up(rows, part) for sign, part in zip((1, -1), name.split(" - ")))
-                          for name in names])
+            found.append([look_up(rows, name) for name in names])
         except KeyError:
             continue
     return np.array(found).reshape(-1, len(names))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import CLASSES, ROOT, call, make_folder, rows, same, weights
 
-from ablations import hosts, masks, pairs, table5, vpl_tables
+from ablations import claims, hosts, masks, pairs, table5, vpl_tables
 from plumbing import checkpoints, files, folders, samples
 from toy.networks import ToyCNN
 from wsss import clip_model, texts
@@ -192,3 +192,44 @@ def test_shares_of_what_is_lit(tmp_path, monkeypatch):
     at = {t: int(round(200 * t)) for t in (0.2, 0.3, 0.7, 0.8)}
     assert [shares["object"][at[t]] for t in (0.2, 0.3)] == [1, 0]
     assert [shares["own"][at[t]] for t in (0.7, 0.8)] == [1, 0]
+
+
+# ---------------------------------------------------------------- the claims
+
+def write_pairs(folder, **columns):
+    """A pair for each number of the columns, rows "row": {"miou": value}."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for n, values in enumerate(zip(*columns.values())):
+        found = {name: {"miou": value} for name, value in zip(columns, values)}
+        files.save_json(folder / f"pair_{n}.json", {"rows": found})
+
+
+def test_a_claim_is_judged_by_the_interval_of_its_pairs(tmp_path):
+    a, b, peak = [4., 5., 6., 7.], [3., 4.5, 4.5, 6.], [6., 6.5, 8., 8.5]
+    write_pairs(tmp_path, a=a, b=b, peak=peak)
+    files.save_json(tmp_path / "pair_9.json", {"rows": {"a": {"miou": 100.}}})        # not finished: left out
+    less = np.subtract(a, b)
+    half = 3.182 * less.std(ddof=1) / 2
+    text, holds = claims.above(tmp_path, "a:miou", "b:miou")
+    assert text == f"5.5 to 4.5 ({less.mean():+.2f} +- {half:.2f}, 4 pairs)" and less.mean() > half and holds
+    assert not claims.above(tmp_path, "b:miou", "a:miou")[1]
+    assert not claims.level(tmp_path, "a:miou", "b:miou")[1]
+    assert claims.level(tmp_path, "a:miou", "a:miou")[1]
+    assert claims.peak(tmp_path, "a:miou", "peak:miou", "b:miou")[1]
+    assert not claims.peak(tmp_path, "b:miou", "a:miou", "peak:miou")[1]                # best at its end
+    assert claims.above(tmp_path, "a:miou", "nowhere:miou") == ("not measured", False)
+    tests = [(claims.above, "a:miou", "b:miou"), (claims.above, "b:miou", "peak:miou")]
+    verdicts = [claims.judge(tmp_path, "c", "p", ".", tests[:n])[1] for n in (1, 2)]
+    assert verdicts == ["yes", "in part"] and claims.judge(tmp_path, "c", "p", ".", tests[1:])[1] == "no"
+
+
+def test_every_claim_names_rows_that_its_table_makes():
+    rows = {"table5": [*table5.TABLE5, "joint"], "masks": list(masks.SPLIT),
+            "hosts": [row for some in hosts.ROWS.values() for row in some],
+            "vpl_tables/main": ["text", "text, softened", *vpl_tables.ROWS],
+            "vpl_tables/sweeps": [f"{n} {v}" for n, vs in vpl_tables.SWEEPS.items() for v in vs],
+            "vpl_tables/phase2": ["vision", "decoder", "decoder + RSC"]}
+    for _, _, folder, tests in claims.CLAIMS:
+        for _, *names in tests:
+            for name in (name.split(":")[0] for name in names):
+                assert name in rows[folder] or table5.row(name).startswith("lambda_")
