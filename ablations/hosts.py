@@ -12,7 +12,7 @@
 Columns: maps at the fixed threshold and masks (dense CRF, or segments) on train, a network trained on the
 masks on val. The truth only scores. Draws 100 and 101 chose the recipe.
 
-    python -m ablations.hosts --pairs 3 --jobs 2 --write
+    python -m ablations.hosts --pairs 8 --jobs 2 --write
     python -m ablations.hosts --pairs 3 --hosts cnn clims --no-network
 """
 import argparse
@@ -36,7 +36,7 @@ CLIMS_REFINE = ["--stage", "refine"]
 
 
 def parse():
-    p = pairs.parser(__doc__, "runs/hosts", pairs=3, first_draw=331)
+    p = pairs.parser(__doc__, "runs/hosts", pairs=8, first_draw=331)
     p.add_argument("--hosts", nargs="+", choices=list(ROWS), default=list(ROWS))
     p.add_argument("--network", action=argparse.BooleanOptionalAction, default=True,
                    help="--no-network: maps and masks only")

@@ -10,7 +10,7 @@ Pairs of a data draw and a seed of everything trained, with the recipe of run_to
 
 The truth only scores, but for the last row. Draws 100 and 101 chose the preset and the network's schedule.
 
-    python -m ablations.masks --pairs 3 --jobs 2 --write
+    python -m ablations.masks --pairs 8 --jobs 2 --write
 """
 import numpy as np
 
@@ -24,7 +24,7 @@ AGAINST = {"masks": "maps", "masks, weaktr": "maps", "masks, irn": "maps",
 
 
 def parse():
-    return pairs.parser(__doc__, "runs/masks", pairs=3, first_draw=321).parse_args()
+    return pairs.parser(__doc__, "runs/masks", pairs=8, first_draw=321).parse_args()
 
 
 def fill(pair):
