@@ -141,7 +141,7 @@ def text_targets(x, marked, label, Z, tau, args):
         allowed = marked[:, None] == owner                    # one class, or every background
     elif args.label_mask:
         allowed = F.pad(label, (0, M - C), value=1).bool().expand(len(x), -1)
-    p_text = losses.assignment(x, Z, tau, allowed)                             # Eq. 5
+    p_text = losses.assignment(x, Z, tau, allowed)                                    # Eq. 5
     return losses.harden(p_text, args.harden) if args.harden else p_text
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ablations import pairs
+from ablations import pairs, vpl_tables
 from plumbing import files, flags, guard
 
 
@@ -50,26 +50,28 @@ def look_up(rows, name):
 
 # ---------------------------------------------------------------- tests: each gives a text and its answer
 
-def interval_ends(values):
-    mean, half = map(float, pairs.interval(values).split(" +- "))
-    return mean - half, mean + half
+def compare(folder, a, b):
+    """-> means and interval as text; a - b of every pair, none if there are fewer than two"""
+    values = measured(folder, a, b)
+    if len(values) < 2:
+        return "not measured", np.array([])
+    less = values[:, 0] - values[:, 1]
+    a, b = (f"{mean:.1f}" if mean > 2 else f"{mean:.2f}" for mean in values.mean(0))  # points, or a gap
+    return f"{a} to {b} ({pairs.interval(less)}, {len(less)} pairs)", less
+
+
+def is_above(less):
+    return less.mean() > pairs.half_width(less)
 
 
 def above(folder, a, b):
-    values = measured(folder, a, b)
-    if len(values) < 2:
-        return "not measured", False
-    less = values[:, 0] - values[:, 1]
-    a, b = (f"{mean:.1f}" if mean > 2 else f"{mean:.2f}" for mean in values.mean(0))  # points, or a gap
-    return f"{a} to {b} ({pairs.interval(less)}, {len(less)} pairs)", interval_ends(less)[0] > 0
+    text, less = compare(folder, a, b)
+    return text, len(less) > 0 and is_above(less)
 
 
 def level(folder, a, b):
-    text, _ = above(folder, a, b)
-    if text == "not measured":
-        return text, False
-    low, high = interval_ends(np.subtract(*measured(folder, a, b).T))
-    return text, low <= 0 <= high
+    text, less = compare(folder, a, b)
+    return text, len(less) > 0 and not is_above(less) and not is_above(-less)
 
 
 def peak(folder, *names):
@@ -77,13 +79,12 @@ def peak(folder, *names):
     if len(values) < 2:
         return "not measured", False
     best = values.mean(0).argmax()
-    less = [values[:, best] - values[:, end] for end in (0, -1)]
     label = names[best].split(":")[0]
     if best in (0, len(names) - 1):
         return f"no peak: best at the end, {label} ({len(values)} pairs)", False
-    holds = all(interval_ends(each)[0] > 0 for each in less)
+    less = [values[:, best] - values[:, end] for end in (0, -1)]
     shown = " and ".join(pairs.interval(each) for each in less)
-    return f"peak at {label}, {shown} to the ends ({len(values)} pairs)", holds
+    return f"peak at {label}, {shown} to the ends ({len(values)} pairs)", all(map(is_above, less))
 
 
 # ---------------------------------------------------------------- the claims
@@ -91,8 +92,8 @@ def peak(folder, *names):
 LAMBDAS = ["match:miou", "lambda_0.05:miou", "full:miou", "lambda_0.5:miou", "lambda_1:miou"]  # full: .2
 
 
-def curve(name, values, column="vision:@0.4"):
-    return [f"{name} {value}:{column}" for value in values]
+def curve(name):
+    return [f"{name} {value}:vision:@0.4" for value in vpl_tables.SWEEPS[name]]
 
 
 CLAIMS = [  # claim; the paper's figures, VOC; folder of the table; its tests
@@ -120,9 +121,9 @@ CLAIMS = [  # claim; the paper's figures, VOC; folder of the table; its tests
     ("the modality gap falls", ".76 -> .51", "vpl_tables/main",
      [(above, "vision:gap:before", "vision:gap:after")]),
     ("tau_I: a peak", "66.9 67.3 68.2 67.8 67.2", "vpl_tables/sweeps",
-     [(peak, *curve("tau", [1, 3, 9, 15, 27]))]),
+     [(peak, *curve("tau"))]),
     ("Phi: a peak", "67.2 67.7 68.2 67.9 67.3 67.9", "vpl_tables/sweeps",
-     [(peak, *curve("phi", [.2, .3, .4, .5, .6, .7]))]),
+     [(peak, *curve("phi"))]),
     ("many steps needed", "65.9 -> 68.2", "vpl_tables/sweeps",
      [(above, "steps 1000:vision:@0.4", "steps 10:vision:@0.4")]),
     ("prompt ensemble above single", "+1.4", "vpl_tables/sweeps",
@@ -137,15 +138,15 @@ CLAIMS = [  # claim; the paper's figures, VOC; folder of the table; its tests
 def judge(root, claim, paper, folder, tests):
     texts, answers = zip(*(test(root / folder, *names) for test, *names in tests))
     verdict = "yes" if all(answers) else "in part" if any(answers) else "no"
-    return [claim, paper, "; ".join(texts), verdict], verdict
+    return [claim, paper, "; ".join(texts), verdict]
 
 
 def main():
     args = parse()
-    lines, verdicts = zip(*(judge(args.runs, *claim) for claim in CLAIMS))
-    count = {verdict: verdicts.count(verdict) for verdict in ("yes", "in part", "no")}
-    text = pairs.markdown(["claim", "paper (VOC)", "toy", "shows?"], lines)
-    text += "\n\n" + ", ".join(f"{number} {verdict}" for verdict, number in count.items()) + "."
+    lines = [judge(args.runs, *claim) for claim in CLAIMS]
+    verdicts = [line[-1] for line in lines]
+    count = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("yes", "in part", "no"))
+    text = f"{pairs.markdown(['claim', 'paper (VOC)', 'toy', 'shows?'], lines)}\n\n{count}."
     print(text)
     if args.write:
         pairs.write("ablations.claims", text)

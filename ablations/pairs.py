@@ -102,8 +102,6 @@ def parser(doc, out, pairs, first_draw):
     p.add_argument("--pairs", type=flags.positive, default=pairs)
     p.add_argument("--first-draw", type=flags.natural, default=first_draw,
                    help="draws 100 to 110 chose the recipe")
-    p.add_argument("--weights", type=Path, default=Path("weights"),
-                   help="folder of the two pre-trained networks")
     p.add_argument("--jobs", type=flags.positive, default=2, help="pairs at a time, a process each")
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=flags.natural, help="run this pair in this process (used by --jobs)")
@@ -112,7 +110,7 @@ def parser(doc, out, pairs, first_draw):
 
 def by_draw(args, recipe):
     """The pairs of --first-draw, the next draw, ...; the seeds are 0, 1, ..."""
-    return [Pair(args.out, n, args.first_draw + n, n, recipe, args.weights) for n in range(args.pairs)]
+    return [Pair(args.out, n, args.first_draw + n, n, recipe) for n in range(args.pairs)]
 
 
 def study(args, name, pairs, complete, fill, table, mark=None):
@@ -158,13 +156,15 @@ def run_jobs(args, name, waiting):
 STUDENT = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201]
 
 
+def half_width(values):
+    """Half the width of the mean's 95 % interval."""
+    return STUDENT[min(len(values) - 2, 10)] * np.std(values, ddof=1) / math.sqrt(len(values))
+
+
 def interval(values):
     """Mean +- half the width of its 95 % interval, as text."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return f"{values.mean():+.2f}"
-    half = STUDENT[min(len(values) - 2, 10)] * values.std(ddof=1) / math.sqrt(len(values))
-    return f"{values.mean():+.2f} +- {half:.2f}"
+    mean = f"{np.mean(values):+.2f}"
+    return mean if len(values) < 2 else f"{mean} +- {half_width(values):.2f}"
 
 
 def each(values):

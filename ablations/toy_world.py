@@ -75,6 +75,7 @@ def measure(clip, draw, count):
     return {
         "top-1 whole": (whole.argmax(1) == c).float().mean().item(),
         "top-1 cut-out": (cut_out.argmax(1) == c).float().mean().item(),
+        "class text . other class text": mean_others(z @ z.T, torch.arange(len(z))),
         "class text . own cut-out": mean_own(cut_out, c),
         "class text . its cut-out, same images": mean_own(cut_out[home], c[home]),
         "class text . object + own background": mean_own(both[home], c[home]),

@@ -31,8 +31,8 @@ from ablations import pairs
 from plumbing import checkpoints, guard
 
 RATIO = 9                                                     # tau_I / tau_T
-LITERAL = ["--features", "patch", "--label-mask", "--harden", "0"]
-ROWS = {"vision": [], "soft": LITERAL[3:], "labels": LITERAL[2:3], "patch": LITERAL[:2], "literal": LITERAL,
+SOFT, LABELS, PATCH = ["--harden", "0"], ["--label-mask"], ["--features", "patch"]
+ROWS = {"vision": [], "soft": SOFT, "labels": LABELS, "patch": PATCH, "literal": [*SOFT, *LABELS, *PATCH],
         "modify gap": ["--modify-gap"]}
 STEPS = 300
 SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .3, .4, .5, .6, .7], "steps": [10, 30, 100, 300, 1000],
@@ -56,8 +56,7 @@ def temperature(pair):
 
 def localise(pair, ratio, prompt):
     """Flags of vpl.py and make_cam.py; tau_I is `ratio` times tau_T."""
-    tau = temperature(pair)
-    return [*pair.clip, "--tau-t", tau, "--tau-i", ratio * tau, "--no-affinity", "--prompt", prompt]
+    return [*pair.clip, "--tau-i", ratio * temperature(pair), "--no-affinity", "--prompt", prompt]
 
 
 def learn(pair, out, more, ratio=RATIO, prompt="single"):

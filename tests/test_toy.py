@@ -16,7 +16,6 @@ from plumbing.folders import Folder
 from toy import clip as toy_clip
 from toy import drawings
 from toy.drawings import CLASSES, GROUNDS
-from wsss.texts import class_texts
 
 C = len(CLASSES)
 RECIPE = ("--seed", 7, "--train", 12, "--val", 4)
@@ -100,8 +99,7 @@ def test_the_shipped_clip_knows_unseen_objects_and_leaks_to_backgrounds(world):
     assert found["class text . object + own background"] > alone - .05
     assert found["background text . own background"] > found["background text . other"] + .15
     assert toy_world.map_scores(shipped, draw=33, count=48)["mIoU"] > 40      # and localises by text
-    u = shipped.encode_text(class_texts(CLASSES))
-    assert .7 < (u @ u.T)[~torch.eye(len(u), dtype=bool)].mean() < .9         # a cone, as OpenAI's texts
+    assert .7 < found["class text . other class text"] < .9                   # a cone, as OpenAI's texts
 
 
 def test_training_makes_what_is_shipped(tmp_path):

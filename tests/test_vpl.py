@@ -179,6 +179,24 @@ def test_the_scripts_own_steps_are_the_papers_equations(world, tmp_path, more, a
     assert (kinds.count(3) == 0) == ("background" in more)
 
 
+def test_texts_have_clips_own_temperature_by_default(world, tmp_path):
+    """vpl.py and make_cam.py without --tau-t: as with 1 / logit scale, and not as with another."""
+    state = torch.load(world / "clip.pt", weights_only=True)
+    own = 1 / state["logit_scale"].float().exp().item()
+    found = {}
+    for name, more in (("default", []), ("own", ["--tau-t", own]), ("other", ["--tau-t", 3 * own])):
+        out = tmp_path / name
+        shared = ["--data", world / "data", "--out", out, "--clip", world / "clip.pt", *SHARED[:-2], *more]
+        for script in (["vpl.py", *STEPS], ["make_cam.py", "--source", "text", "--sheets", "0"]):
+            done = call(*script, *shared)
+            assert done.returncode == 0, done.stderr
+        maps = [np.load(path) for path in sorted((out / "cam").glob("*.npy"))]
+        found[name] = np.concatenate([m.ravel() for m in [read(out)["model"]["prototypes"].numpy(), *maps]])
+        assert read(out)["tau_t"] == pytest.approx(own * (3 if name == "other" else 1))
+    np.testing.assert_array_equal(found["default"], found["own"])
+    assert found["other"].shape != found["own"].shape or np.abs(found["other"] - found["own"]).max() > 0.01
+
+
 def test_modify_gap_shifts_the_texts_and_learns_nothing(world, tmp_path):
     made = vpl(world, tmp_path, "--modify-gap")
     Z, (x, _) = made["model"]["text"].double(), targets(tmp_path, made["model"]["text"].double(), every)
