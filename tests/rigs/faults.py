@@ -133,14 +133,15 @@ def differences(whole, killed):
 
 def torment(line, folder, kills, draw, row):
     """Kills a stage `kills` times and lets it end. Adds what happened to `row`."""
-    saved, lines, sessions, ended = False, logged(folder), [], False
+    saved, lines, sessions, ended, window = False, logged(folder), [], False, row["seconds"]
     while not ended or (kills > sum(row[name] for name in SIGNALS) and row["starts"] <= 10 * kills):
         landed = sum(row[name] for name in SIGNALS)
         name = list(SIGNALS)[(row["first"] + landed) % len(SIGNALS)]
-        before, moment = finished(folder), draw.uniform(0, row["seconds"]) if landed < kills else None
+        before, moment = finished(folder), draw.uniform(0, window) if landed < kills else None
         process, output = start(line, folder)
         process.join(moment)
         struck, ended = time.time(), process.exitcode is not None
+        window = window / 2 if ended else row["seconds"]      # what is nearly finished ends sooner than that
         if not ended:
             with contextlib.suppress(ProcessLookupError):                   # it has just ended
                 (os.killpg if name == "Ctrl-C" else os.kill)(process.pid, SIGNALS[name][0])
