@@ -28,8 +28,9 @@ import numpy as np
 import torch
 
 from plumbing import checkpoints, files, flags, folders, guard, networks, processes, scores
+from plumbing.images import image_size
 from plumbing.maps import load_cam, resize_maps
-from plumbing.masks import load_mask, save_mask
+from plumbing.masks import enlarge, load_mask, save_mask
 from wsss import crf, metrics
 
 # Of a network's predictions, what does not change them.
@@ -61,6 +62,7 @@ def parse():
     g.add_argument("--crf", action=argparse.BooleanOptionalAction, default=True,
                    help="dense CRF on the probabilities, in --workers processes")
     g.add_argument("--preset", choices=list(crf.PRESETS), default="deeplab", help="its parameters")
+    flags.max_side(g)
     g.add_argument("--clip", help="CLIP of a clip_decoder, if it is not where it was in training")
     g.add_argument("--save", action="store_true",
                    help="keep the predictions; those that are there are not made again")
@@ -132,11 +134,11 @@ def score_masks(args, folder, ids, run):
     return total
 
 
-def finish(id, image, probability, args, where, device="cpu"):
-    """(H, W, 3) uint8, probabilities (1 + C, H, W) -> (id, label map); written with --save."""
+def finish(id, image, probability, size, args, where, device="cpu"):
+    """(H, W, 3) uint8, probabilities (1 + C, H, W) -> (id, label map of the size); written with --save."""
     if args.crf:
         probability = crf.dense_crf(image, probability, args.preset, device=device)
-    mask = np.uint8(probability.argmax(0))
+    mask = enlarge(np.uint8(probability.argmax(0)), size)
     if args.save:
         save_mask(where / f"{id}.png", mask)
     return id, mask
@@ -154,7 +156,8 @@ def score_network(args, folder, ids, run):
     pool = args.workers if args.crf and run.device.type == "cpu" else 0  # a GPU does the CRF itself
     todo = [id for id in mine if id not in done]
     predicted = networks.predict(model, folder, todo, run, args, 0 if pool else args.workers)
-    made = processes.pooled(finish, ((*each, args, where, run.device) for each in predicted), pool, where)
+    tasks = ((*each, image_size(folder.image_path(each[0])), args, where, run.device) for each in predicted)
+    made = processes.pooled(finish, tasks, pool, where)
     kept = ((id, load_mask(where / f"{id}.png", len(folder.classes))) for id in done)
     total, pixels = torch.zeros(1, count, count + 1, dtype=torch.int64), torch.zeros(256, dtype=torch.int64)
     for id, mask in run.progress(chain(kept, made), "predictions", len(mine)):
@@ -185,7 +188,8 @@ def protocol(args, ids, classes):
         facts |= {"background": args.background, "value": value}
     if args.what == "seg":
         content = checkpoints.load(args.out / "seg.pt", "seg", classes)
-        facts |= {"scales": args.scales, "flip": args.flip, "crf": args.preset if args.crf else None,
+        facts |= {"scales": args.scales, "flip": args.flip, "max_side": args.max_side,
+                  "crf": args.preset if args.crf else None,
                   "weights": files.fingerprint(args.out / "seg.pt"), "made_by": content["args"]}
     if args.what in ("cam", "pseudo"):                                                # source, scales, CRF
         note = args.out / f"{subject(args)}.json"

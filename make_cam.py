@@ -28,7 +28,8 @@ import torch
 import torch.nn.functional as F
 
 from plumbing import checkpoints, exports, files, flags, folders, guard, log, networks, processes, sheets
-from plumbing.maps import save_cam, shrink_maps
+from plumbing.images import image_size
+from plumbing.maps import resize_maps, save_cam, shrink_maps
 from plumbing.samples import by_size
 from wsss import gradcam, texts
 
@@ -48,13 +49,14 @@ def parse():
                    help="sizes of the image to add maps over (default: 1.0 1.2 for S, 1.0 for CLIP)")
     g.add_argument("--flip", action=argparse.BooleanOptionalAction,
                    help="add the maps of the mirrored image (default: for S)")
+    flags.max_side(g)
     g.add_argument("--stride", type=flags.positive, default=1,
                    help="store maps at 1/STRIDE of the image's size: 4 takes 1/16 of the disk")
     g.add_argument("--format", choices=list(exports.FORMATS), help="also write what another project reads")
     g.add_argument("--cam", type=flags.name, default="cam", help="folder in --out, to keep several sources")
     g.add_argument("--sheets", type=flags.natural, default=32, help="images to show on contact sheets")
     g = p.add_argument_group("CLIP's GradCAM (--source text, vision)")
-    g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a ViT")
+    flags.clip(g, "ViT-B/16")
     g.add_argument("--prompt", choices=list(texts.PROMPTS), default="ensemble", help="texts (VPL Table 4)")
     g.add_argument("--tau-t", type=flags.above_zero,
                    help="temperature of texts (default: CLIP's own, 1 / its logit scale: .01 for OpenAI's)")
@@ -64,8 +66,6 @@ def parse():
                    help="refine the maps by attention (CLIP-ES's CAA)")
     g.add_argument("--box", type=flags.share, default=0.4,
                    help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
-    g.add_argument("--max-side", type=flags.natural, default=640,
-                   help="CLIP sees larger images at this longer side; 0: as they are")
     args = p.parse_args()
     by_clip = args.source in GRADCAM
     args.scales = args.scales or ([1.0] if by_clip else [1.0, 1.2])
@@ -75,7 +75,7 @@ def parse():
     return args
 
 
-CLIP_FLAGS = ("clip", "prompt", "tau_t", "tau_i", "affinity", "box", "max_side")      # S has no use for them
+CLIP_FLAGS = ("clip", "clip_gelu", "prompt", "tau_t", "tau_i", "affinity", "box")    # S has no use for them
 UNUSED = {"vision": ("prompt", "tau_t", "pool"), "text": ("tau_i", "pool")}           # of each source
 
 
@@ -89,7 +89,7 @@ def open_generator(args, folder, run):
 
 def open_clip(args, folder, run):
     """The same by CLIP's GradCAM; the columns of its softmax are texts or vision prototypes."""
-    clip = networks.load_clip(args.clip, run, vit=True)
+    clip = networks.load_clip(args.clip, run, vit=True, gelu=args.clip_gelu)
     backgrounds = folder.backgrounds or texts.backgrounds(folder.classes)
     shown = None
     if args.source == "text":
@@ -105,8 +105,7 @@ def open_clip(args, folder, run):
     box = args.box if args.affinity else None
 
     def maps(images, b, k):
-        size = gradcam.within(images.shape[-2:], args.max_side)
-        x, attention, grid = gradcam.last_inputs(clip, images, size=size)
+        x, attention, grid = gradcam.last_inputs(clip, images)
         return gradcam.class_maps(clip, x, attention, grid, columns, len(folder.classes), b, k, 1 / tau, box)
     return maps, weights, shown
 
@@ -156,17 +155,18 @@ def main():
         return args.resume and (where / f"{id}.npy").exists() and other.exists()
 
     mine = [n for n in run.shard(range(len(ids))) if not finished(ids[n])]
-    loader = by_size(folder, [ids[n] for n in mine], args.batch_size, run, args.workers)
+    loader = by_size(folder, [ids[n] for n in mine], args.batch_size, run, args.workers, args.max_side)
     for batch, images in run.progress(loader, f"maps of {args.source}"):
         numbers = [mine[i] for i in batch]
         b, k = run.pairs(labels[numbers])                                             # (P,) image and class
         images = images.to(run.device, non_blocking=True)
         with run.autocast():
             made = make_maps(maps, images, b, k, args)                                # (P, H, W)
-        made, b, k = shrink_maps(made, args.stride).cpu(), b.cpu(), k.cpu()
+        size = image_size(folder.image_path(ids[numbers[0]]))
+        made, b, k = shrink_maps(resize_maps(made, size), args.stride).cpu(), b.cpu(), k.cpu()
         for i, n in enumerate(numbers):
             if args.format:                                   # first: the map marks it finished
-                exports.save(exported, ids[n], args.format, k[b == i], made[b == i], images.shape[-2:])
+                exports.save(exported, ids[n], args.format, k[b == i], made[b == i], size)
             save_cam(where / f"{ids[n]}.npy", made[b == i])
 
     run.barrier()

@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from plumbing import checkpoints, files, flags, folders, guard, networks, processes
-from plumbing.images import IMAGE_ENDINGS, image_size, load_image, to_float
-from plumbing.masks import IGNORE, load_mask, palette, save_mask
+from plumbing.images import IMAGE_ENDINGS, image_size, load_float
+from plumbing.masks import IGNORE, enlarge, load_mask, palette, save_mask
 from wsss import crf
 
 FREE = ("split", "limit", "batch_size", "seed", "clip", "images", "voc_test")  # a prediction is the same
@@ -30,8 +30,7 @@ def parse():
     p = flags.parser(__doc__, split="test", data=False)
     g = p.add_argument_group("prediction")
     g.add_argument("--images", type=Path, help="folder of your own images: no --data, no truth")
-    g.add_argument("--max-side", type=flags.natural, default=640,
-                   help="--images: larger images are predicted at this longer side; 0: as they are")
+    flags.max_side(g)
     g.add_argument("--voc-test", action="store_true",
                    help="predict VOC's test split and write the server's archive")
     g.add_argument("--scales", type=flags.above_zero, nargs="+", default=[0.5, 0.75, 1.0, 1.25, 1.5, 1.75],
@@ -53,8 +52,8 @@ def parse():
 class Photos:
     """Somebody's own images, by file name without ending; as much of Folder as prediction needs."""
 
-    def __init__(self, root, max_side):
-        self.max_side, self.paths = max_side, {}
+    def __init__(self, root):
+        self.paths = {}
         if not root.is_dir():
             raise FileNotFoundError(f"{root} is not a folder: --images is a folder of images")
         for path in sorted(path for path in root.iterdir() if path.suffix in IMAGE_ENDINGS):
@@ -68,12 +67,8 @@ class Photos:
     def image_path(self, id):
         return self.paths[id]
 
-    def image(self, id):
-        enough = (2 * self.max_side, 2 * self.max_side)                               # for a good filter
-        image = load_image(self.paths[id], enough if self.max_side else None)
-        if self.max_side:                                                             # 12 megapixels: 37 GB
-            image.thumbnail((self.max_side, self.max_side), Image.BICUBIC)
-        return to_float(image)
+    def image(self, id, max_side):
+        return load_float(self.paths[id], max_side)
 
 
 def finish(id, image, probability, path, args, classes, where, device="cpu"):
@@ -86,7 +81,7 @@ def finish(id, image, probability, path, args, classes, where, device="cpu"):
         draw_overlay(image, mask, classes).save(jpeg, format="JPEG", quality=92)
         with files.atomic(where / f"{id}.jpg") as beside:
             beside.write_bytes(jpeg.getvalue())
-        mask = np.array(Image.fromarray(mask).resize(image_size(path)[::-1], Image.NEAREST))
+    mask = enlarge(mask, image_size(path))
     save_mask(where / f"{id}.png", mask)                      # last: it marks the image as finished
     return mask
 
@@ -130,7 +125,7 @@ def main():
     where = args.out / "pred" / (args.images.resolve().name if args.images else args.split)
     if args.images and args.images.resolve() == where.resolve():
         raise ValueError(f"{args.images} is where predictions are written: move the images to another folder")
-    folder = Photos(args.images, args.max_side) if args.images else folders.Folder(args.data)
+    folder = Photos(args.images) if args.images else folders.Folder(args.data)
     ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
     if args.voc_test and (folder.classes != folders.VOC_CLASSES or len(ids) != VOC_TEST):
         raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} images "

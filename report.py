@@ -255,8 +255,8 @@ def missing_clip(args, content, path):
 @torch.no_grad()
 def compare_patches(clip, folder, id, columns, kind, run):
     """Cosine of an image's patches with columns (M, D) of unit length -> (M, h, w)"""
-    image = folder.image(id)[None].to(run.device)
-    x, _, grid = gradcam.last_inputs(clip, image, size=gradcam.within(image.shape[-2:], 640))
+    image = folder.image(id, max_side=640)[None].to(run.device)
+    x, _, grid = gradcam.last_inputs(clip, image)
     return (columns @ gradcam.patch_features(clip, x, kind)[0].T).unflatten(1, grid).cpu().numpy()
 
 
@@ -274,7 +274,7 @@ def draw_prompts(args, folder, found, chosen, run):
     name = find_clip(args, content)
     if name is None:
         return page.section(*head, missing_clip(args, content, path))
-    clip = networks.load_clip(name, run, vit=True)
+    clip = networks.load_clip(name, run, vit=True, gelu=content["args"]["clip_gelu"])
     classes, backgrounds = folder.classes, folder.backgrounds or texts.backgrounds(folder.classes)
     model = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
     checkpoints.load_weights(model, content["model"], path)
@@ -311,7 +311,7 @@ def draw_prompts(args, folder, found, chosen, run):
 def region_features(model, folder, ids, args, run):
     """VPL Eq. 12 of every (image, present class) -> unit vectors (P, D), their classes (P,)"""
     labels, rows, owners = folder.labels(ids), [], []
-    for numbers, images in samples.by_size(folder, ids, args.batch_size, run, args.workers):
+    for numbers, images in samples.by_size(folder, ids, args.batch_size, run, args.workers, max_side=640):
         _, coarse, v = model(images.to(run.device))
         b, k = labels[numbers].nonzero(as_tuple=True)
         regions = losses.region_embeddings(v, coarse.softmax(1)[:, 1:]).cpu()         # (B, C, D)

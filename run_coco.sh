@@ -103,7 +103,7 @@ elif [ "$METHOD" = semples ]; then
 else
     # hardware, time, score: not yet measured (paper: eight 4090s; it scores neither maps nor masks here).
     # Steps and temperatures are those of VOC.
-    by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.7 --max-side 640"
+    by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.7"
     if [ "$METHOD" = vpl ]; then
         by=vision
         stage vpl.py "${shared[@]}" --split train --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 \

@@ -102,7 +102,7 @@ elif [ "$METHOD" = semples ]; then
 else
     # hardware, time, score: not yet measured (paper: eight 4090s; mIoU on train 70.8 of CLIP-ES's maps and
     # 75.0 of its masks, 76.3 and 78.4 of VPL's)
-    by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.4 --max-side 640"
+    by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.4"
     if [ "$METHOD" = vpl ]; then
         by=vision
         stage vpl.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 \

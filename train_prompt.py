@@ -40,7 +40,7 @@ def parse():
     g.add_argument("--views", type=flags.natural, default=0,
                    help="crops of each image to encode once and train on; 0: fresh crops every epoch")
     g.add_argument("--init", help="generator to take instead of <out>/match.pt: published or one of ours")
-    g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    flags.clip(g, "ViT-B/32")
     g.add_argument("--raw-names", action="store_true",
                    help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
     # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b); rates, batches of (b).
@@ -124,7 +124,7 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
-    clip = networks.load_clip(args.clip, run)
+    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     S = networks.load_generator(start, run, folder.classes, args.pool).eval().requires_grad_(False)
     args.pool = S.pool
     class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
@@ -158,7 +158,7 @@ def main():
             sim_image, sim_text = losses.similarity(u_b, v_b), losses.similarity(u_b, u_f[k])
             keeper.after(loss=loss, image=run.mean(-sim_image.log()), text=run.mean(-(1 - sim_text).log()),
                          mask=run.mean(area), sim_image=run.mean(sim_image), sim_text=run.mean(sim_text))
-    keeper.finish(model=model, classes=folder.classes)
+    keeper.finish(model=model, classes=folder.classes, clip=clip.fingerprint())
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ def parse():
     g.add_argument("--prompts", choices=["learned", "random"], default="learned",
                    help="random: prompts as initialised, a row of Table 5")
     g.add_argument("--init", help="generator to start from instead of <out>/cls.pt: published or ours")
-    g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    flags.clip(g, "ViT-B/32")
     g.add_argument("--raw-names", action="store_true",
                    help="feed VOC's names as they are (diningtable), not the authors' (dining table, player)")
     # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b).
@@ -71,7 +71,7 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
-    clip = networks.load_clip(args.clip, run)
+    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     args.pool = S.pool
     if args.prompts == "learned":

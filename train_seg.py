@@ -79,8 +79,7 @@ def parse():
     g.add_argument("--clamp-start", type=flags.number, default=1.2,
                    help="Segmenter: large losses are clamped once their mean is below this; 0: never")
     g = p.add_argument_group("VPL phase 2 (clip_decoder)")
-    g.add_argument("--clip", default="ViT-B/16",
-                   help="the frozen CLIP, that of vpl.py: OpenAI name, or a file")
+    flags.clip(g, "ViT-B/16")
     g.add_argument("--lambda-rsc", type=flags.number, default=1.0,
                    help="weight of L_RSC (Eq. 14); 0: without")
     g.add_argument("--logits", choices=["raw", "cosine"], default="raw",
@@ -102,7 +101,7 @@ def parse():
 def build(args, folder, run):
     """The network on its device, its BatchNorm settled; what else seg.pt is to hold."""
     if args.model == "clip_decoder":
-        clip = networks.load_clip(args.clip, run, vit=True)
+        clip = networks.load_clip(args.clip, run, vit=True, gelu=args.clip_gelu)
         backgrounds = folder.backgrounds or texts.backgrounds(folder.classes)
         prototypes = networks.load_prototypes(args.out / "prototypes.pt", folder, backgrounds, clip)
         model = networks.new_decoder(clip, prototypes, args.width, args.logits)

@@ -33,7 +33,7 @@ from wsss import gradcam, losses, texts
 def parse():
     p = flags.parser(__doc__, batch_size=16)
     g = p.add_argument_group("what the texts mark (CLIP-ES)")
-    g.add_argument("--clip", default="ViT-B/16", help="OpenAI name, or a file with CLIP's weights; a ViT")
+    flags.clip(g, "ViT-B/16")
     g.add_argument("--prompt", choices=list(texts.PROMPTS), default="ensemble",
                    help="texts of classes and backgrounds (Table 4): 'a photo of a {}.'; CLIP-ES's 'a clean "
                         "origami {}.' with synonyms; or the mean over seven templates")
@@ -43,8 +43,7 @@ def parse():
                    help="refine the maps by attention (CLIP-ES's CAA)")
     g.add_argument("--box", type=flags.share, default=0.4,
                    help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
-    g.add_argument("--max-side", type=flags.natural, default=640,
-                   help="CLIP sees larger images at this longer side; 0: as they are")
+    flags.max_side(g)
     g.add_argument("--phi", type=flags.share, default=0.4, help="least map value of a marked pixel (Table 6)")
     g.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
                    help="mark background pixels too; --no-background-pixels: only the seeds of classes")
@@ -113,13 +112,13 @@ def collect_features(clip, Z, tau, folder, ids, labels, args, run):
     where = args.out / "features"
     mine = [n for n in run.shard(range(len(ids))) if not (where / f"{ids[n]}.npy").exists()]
     quota = args.max_pixels // len(ids) if args.max_pixels else float("inf")
-    loader = samples.by_size(folder, [ids[n] for n in mine], args.batch_size, run, args.workers)
+    todo = [ids[n] for n in mine]
+    loader = samples.by_size(folder, todo, args.batch_size, run, args.workers, args.max_side)
     for batch, images in run.progress(loader, "features"):
         numbers = [mine[i] for i in batch]
         images = images.to(run.device, non_blocking=True)
         with run.autocast():
-            x, attention, grid = gradcam.last_inputs(clip, images,
-                                                     size=gradcam.within(images.shape[-2:], args.max_side))
+            x, attention, grid = gradcam.last_inputs(clip, images)
         marked = mark(clip, x, attention, grid, labels[numbers].to(run.device), Z, tau, args)
         for n, features, classes in zip(numbers, gradcam.patch_features(clip, x, args.features), marked):
             if not features.isfinite().all():
@@ -178,7 +177,7 @@ def main():
         raise ValueError(f"--max-pixels {args.max_pixels}: less than one for each of {len(ids)} images; 0: "
                          "no bound")
 
-    clip = networks.load_clip(args.clip, run, vit=True)
+    clip = networks.load_clip(args.clip, run, vit=True, gelu=args.clip_gelu)
     prompts = texts.prompt_texts(classes, backgrounds, args.prompt)
     Z = clip.encode_ensemble(prompts)                         # (M, D): classes, backgrounds
     tau_t = args.tau_t or clip.tau

@@ -28,7 +28,7 @@ def parse():
     g.add_argument("--scheme", choices=["joint", "alternate"], required=True)
     g.add_argument("--rounds", type=flags.positive, default=2, help="rounds of (c) in --scheme alternate")
     g.add_argument("--init", help="generator to start from: published or one of ours")
-    g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    flags.clip(g, "ViT-B/32")
     g.add_argument("--lambda-b", type=flags.number, default=2.4, help="weight of L_match's background term")
     g.add_argument("--lambda-refine", type=flags.number, default=0.05, help="weight lambda of L_refine")
     g.add_argument("--lambda-t", type=flags.number, default=0.02, help="weight of the text term of L_prompt")
@@ -156,7 +156,7 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
-    clip = networks.load_clip(args.clip, run)
+    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     args.pool = S.pool
     processes.seed_all(args.seed)                                             # the same prompts on all ranks

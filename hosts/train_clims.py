@@ -55,7 +55,7 @@ def parse():
     g.add_argument("--lambda-refine", type=flags.number, default=0.5,
                    help="weight lambda of L_refine, for --stage refine")
     g.add_argument("--init", help="generator to start from instead: CLIMS's, IRN's, or one of ours")
-    g.add_argument("--clip", default="ViT-B/32", help="OpenAI name, or a file with CLIP's weights")
+    flags.clip(g, "ViT-B/32")
     g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
                    help="a removed pixel: mean colour, black, or mean colour by ImageNet's statistics "
                         "(authors' code)")
@@ -103,7 +103,7 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
-    clip = networks.load_clip(args.clip, run)
+    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     S = load_start(start, run, folder.classes)
     u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
     names = background_names(args.background_texts, folder.classes)

@@ -50,6 +50,21 @@ def training(p, log_every=20):
     p.add_argument("--save-every", type=positive, default=500, help="steps between two states to resume from")
 
 
+def max_side(p):
+    p.add_argument("--max-side", type=natural, default=800,
+                   help="a larger image is seen by the network at this longer side, and what comes out is "
+                        "enlarged to the image's size; 0: as it is, at 12 megapixels hundreds of GB")
+
+
+def clip(p, default):
+    p.add_argument("--clip", default=default,
+                   help="OpenAI name; or a file, a folder or a name on the Hugging Face hub, with OpenAI's, "
+                        "transformers' or open_clip's weights; VPL and CLIP-ES: a ViT")
+    p.add_argument("--clip-gelu", choices=["quick", "plain"],
+                   help="its GELU, where no config says it: quick, as OpenAI's, or plain, as most of "
+                        "open_clip's")
+
+
 # ---------------------------------------------------------------- types
 
 def natural(text):

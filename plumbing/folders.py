@@ -9,7 +9,7 @@ import torch
 
 from plumbing import files
 from plumbing.foreign import read_pickled
-from plumbing.images import IMAGE_ENDINGS, load_image, to_float
+from plumbing.images import IMAGE_ENDINGS, load_float
 from plumbing.masks import load_mask
 
 VOC_CLASSES = (
@@ -120,9 +120,9 @@ class Folder:
         raise FileNotFoundError(f"{self.root / 'JPEGImages' / id}.jpg is missing: "
                                 f"put the image there, or take {id} off the list")
 
-    def image(self, id):
+    def image(self, id, max_side=0):
         """(3, H, W) float RGB in [0, 1]."""
-        return to_float(load_image(self.image_path(id)))
+        return load_float(self.image_path(id), max_side)
 
     def mask_path(self, id):
         """Native VOC masks (with 255 borders) before SBD's."""

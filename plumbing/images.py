@@ -82,3 +82,12 @@ def to_tensor(image):
 def to_float(image):
     """PIL RGB -> (3, H, W) float32 in [0, 1]."""
     return to_tensor(image).float() / 255
+
+
+def load_float(path, max_side=0):
+    """Any image file -> (3, H, W) float32 in [0, 1], its longer side at most `max_side`; 0: as it is."""
+    if not max_side:
+        return to_float(load_image(path))
+    image = load_image(path, (2 * max_side, 2 * max_side))
+    image.thumbnail((max_side, max_side), Image.BICUBIC, reducing_gap=None)
+    return to_float(image)

@@ -66,6 +66,11 @@ def save_mask(path, mask):
         paint(mask).save(beside, format="PNG")
 
 
+def enlarge(mask, size):
+    """A label map at the size (H, W)."""
+    return mask if mask.shape == size else np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
+
+
 def paint(mask):
     """Label map (H, W) -> PIL image of mode P in VOC's colours."""
     image = Image.fromarray(np.asarray(mask, dtype=np.uint8))

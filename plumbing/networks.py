@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from plumbing import checkpoints, samples, weights
+from plumbing import checkpoints, clip_files, samples, weights
 from plumbing.folders import COCO_CLASSES
 from wsss import clip_model, generator, gradcam, segmenter
 
@@ -17,12 +17,12 @@ from wsss import clip_model, generator, gradcam, segmenter
 OPENAI = clip_model.openai_clip.clip._MODELS               # name -> address, whose last folder is the SHA-256
 
 
-def load_clip(name, run, vit=False):
-    """An OpenAI name (downloaded once, SHA-256 checked), an OpenAI archive, or a plain state dict ->
-    FrozenClip.
+def load_clip(name, run, vit=False, gelu=None):
+    """--clip: a name of OpenAI's or of the Hugging Face hub (downloaded once, SHA-256 checked), a file or a
+    folder -> FrozenClip. `gelu`: --clip-gelu.
 
     With `vit`, a CLIP whose image encoder is a ResNet is refused: GradCAM and the decoder read patches."""
-    clip = run.in_turn(lambda: open_clip_file(str(name)))
+    clip = run.in_turn(lambda: open_openais(name) if name in OPENAI else open_clip_file(str(name), gelu))
     if vit and not hasattr(clip.model.visual, "transformer"):
         kind = type(clip.model.visual).__name__
         raise ValueError(f"--clip {name}: the image encoder of this CLIP is a {kind}: "
@@ -30,19 +30,22 @@ def load_clip(name, run, vit=False):
     return clip.to(run.device)
 
 
-def open_clip_file(name):
-    if Path(name).is_file():
-        published = {address.split("/")[-2]: model for model, address in OPENAI.items()}
-        state, kind, notes = weights.read_clip(name, published)
-        clip = weights.fit(name, clip_model.clip_from_state, state)
-        visual = clip.model.visual
-        shape = type(visual).__name__
-        if hasattr(visual, "transformer"):
-            shape = f"ViT of {visual.conv1.kernel_size[0]} px patches"
-        weights.announce(name, f"CLIP, {kind}, {shape}, {clip.size} px", notes)
-        return clip
-    if name not in OPENAI:
+def open_clip_file(name, gelu):
+    path, config = clip_files.locate(name)
+    if not path.exists():
         raise FileNotFoundError(f"CLIP {name}: no such file, and not one of {', '.join(OPENAI)}")
+    published = {address.split("/")[-2]: model for model, address in OPENAI.items()}
+    state, gelu, kind, notes = clip_files.read(path, config, published, gelu)
+    clip = weights.fit(path, lambda state: clip_model.clip_from_state(state, gelu), state)
+    visual = clip.model.visual
+    shape = type(visual).__name__
+    if hasattr(visual, "transformer"):
+        shape = f"ViT of {visual.conv1.kernel_size[0]} px patches"
+    weights.announce(path, f"CLIP, {kind}, {shape}, {clip.size} px", notes)
+    return clip
+
+
+def open_openais(name):
     file = f"{name.replace('/', '-').replace('@', '-')}.pt"
     place = Path.home() / ".cache" / "clip" / file
     try:
@@ -58,8 +61,7 @@ def load_prompts(args, clip, classes):
     """<out>/prompts.pt (train_prompt.py), learned with this CLIP -> BackgroundPrompts"""
     path = args.out / "prompts.pt"
     content = checkpoints.load(path, "prompts", classes)
-    learned = content["args"]["inputs"]["clip"] or content["args"]["clip"]
-    if learned != (args.inputs["clip"] or args.clip):
+    if content["clip"] != clip.fingerprint():
         raise ValueError(f"{path} was learned with another --clip: give the same, or run train_prompt.py "
                          "again")
     prompts = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
@@ -241,7 +243,7 @@ def load_segmenter(path, run, clip=None):
         from hosts import mask2former
         model = mask2former.from_checkpoint(content, path)
     elif args["model"] == "clip_decoder":
-        frozen = load_clip(clip or args["clip"], run, vit=True)
+        frozen = load_clip(clip or args["clip"], run, vit=True, gelu=args["clip_gelu"])
         if frozen.fingerprint() != content["clip"]:
             raise ValueError(f"{path} was trained on another CLIP than {clip or args['clip']}: "
                              "give its name or file with --clip")
@@ -256,9 +258,9 @@ def load_segmenter(path, run, clip=None):
 
 
 def predict(model, folder, ids, run, args, workers):
-    """Yields (id, image (H, W, 3) uint8, probabilities (1 + C, H, W)) of all ids, over --scales and
-    --flip."""
-    for numbers, images in samples.by_size(folder, ids, args.batch_size, run, workers):
+    """Yields (id, image (H, W, 3) uint8, probabilities (1 + C, H, W)) of all ids, over --scales and --flip;
+    larger images at --max-side."""
+    for numbers, images in samples.by_size(folder, ids, args.batch_size, run, workers, args.max_side):
         with run.autocast():
             batch = segmenter.predict(model, images.to(run.device, non_blocking=True), args.scales, args.flip)
         for i, image, probability in zip(numbers, images, batch.cpu().numpy()):

@@ -17,35 +17,42 @@ from plumbing.masks import IGNORE, load_mask
 
 # ---------------------------------------------------------------- whole images
 
-class WholeImages(Dataset):
-    """Whole images by number; a batch is (numbers, images)."""
+LARGE = 640 * 640                                             # COCO's largest
 
-    def __init__(self, folder, ids):
-        self.folder, self.ids = folder, ids
+
+class WholeImages(Dataset):
+    """Whole images by number, at most `max_side` long (0: as they are); a batch is (numbers, images)."""
+
+    def __init__(self, folder, ids, max_side):
+        self.folder, self.ids, self.max_side = folder, ids, max_side
 
     def __len__(self):
         return len(self.ids)
 
     def __getitem__(self, i):
-        return i, self.folder.image(self.ids[i])
+        return i, self.folder.image(self.ids[i], self.max_side)
 
     def collate(self, batch):
         return [i for i, _ in batch], torch.stack([image for _, image in batch])
 
     def batches(self, batch_size):
-        """Numbers of the images in batches that stack: as many of one size as `batch_size` allows."""
+        """Numbers of the images in batches that stack: as many of one size as `batch_size` allows; larger
+        images than COCO's one by one, since the memory of attention grows with the square of their size."""
         with ThreadPool(16) as threads:             # a million headers on a network disk: wait for 16 at once
             sizes = threads.map(lambda id: image_size(self.folder.image_path(id)), self.ids)
         order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
         for _, group in groupby(order, key=lambda i: sizes[i]):
             group = list(group)
-            yield from (group[n:n + batch_size] for n in range(0, len(group), batch_size))
+            height, width = sizes[group[0]]
+            shrunk = min(1, self.max_side / max(height, width)) if self.max_side else 1
+            count = batch_size if height * width * shrunk ** 2 <= LARGE else 1
+            yield from (group[n:n + count] for n in range(0, len(group), count))
 
 
-def by_size(folder, ids, batch_size, run, workers=0):
+def by_size(folder, ids, batch_size, run, workers=0, max_side=0):
     """DataLoader over all images, each once, in batches of one size: (numbers (b,) list, images (b, 3, H,
     W))."""
-    images = WholeImages(folder, ids)
+    images = WholeImages(folder, ids, max_side)
     return DataLoader(images, batch_sampler=list(images.batches(batch_size)), num_workers=workers,
                       collate_fn=images.collate, pin_memory=run.device.type == "cuda",
                       worker_init_fn=guard.ignore_signals)

@@ -8,7 +8,6 @@ clean state dict, from which a network is made (plumbing/networks.py).
 import argparse
 import os
 import re
-import zipfile
 from pathlib import Path
 
 import torch
@@ -52,8 +51,14 @@ def read(path):
         raise FileNotFoundError(f"{path} is missing{made_by}; no such file of weights")
     check_name(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file  # comes with transformers
+
+            return load_file(files.regular(path))
         with torch.serialization.safe_globals(ALLOWED):
             return torch.load(files.regular(path), map_location="cpu", weights_only=True)
+    except ImportError:
+        raise ValueError(f"{path}: to read it, pip install safetensors") from None
     except Exception as error:                                # zip, pickle and torch each raise their own
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"it asks for {asked[1]}" if asked else "it is torn, or torch did not write it"
@@ -126,31 +131,6 @@ def download(name):
         place.unlink()
         raise ValueError(f"{error}; it is removed: run the same command again") from None
     return content.get("model", content)
-
-
-# ---------------------------------------------------------------- CLIP
-
-def read_clip(path, published):
-    """A file with CLIP's weights -> its state dict with OpenAI's names, and what it is.
-
-    OpenAI's archives are TorchScript, a program that torch.jit.load may run: only those whose SHA-256 is a
-    key of `published` are opened."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            script = any(name.endswith("/constants.pkl") for name in file.namelist())
-    except Exception:                                         # an old state dict is not a zip
-        script = False
-    if script:
-        digest = files.sha256(path)
-        if digest not in published:
-            raise ValueError(f"{path}: TorchScript, which may run code, and by SHA-256 ({digest[:16]}...) "
-                             "none of OpenAI's files: download it again, or, where you trust it, "
-                             "torch.save(torch.jit.load(FILE).state_dict(), 'clip.pt')")
-        content, kind = torch.jit.load(path, map_location="cpu").state_dict(), f"OpenAI's {published[digest]}"
-    else:
-        content, kind = read(path), "a state dict, QuickGELU assumed, as OpenAI's"
-    state, notes = state_of(content, path)
-    return state, kind, notes
 
 
 # ---------------------------------------------------------------- the generators of others

@@ -11,8 +11,8 @@ import pytest
 from conftest import ROOT
 
 # Every module of plumbing imports only modules before it.
-ORDER = ("files foreign flags guard processes log checkpoints weights images masks maps exports sheets "
-         "segments folders augment samples scores page networks").split()
+ORDER = ("files foreign flags guard processes log checkpoints weights clip_files images masks maps exports "
+         "sheets segments folders augment samples scores page networks").split()
 ROOMS = ("wsss", "plumbing", "toy", "hosts", "ablations", "bench", "tests")
 KNOWS = {  # room -> the rooms it may import; the scripts at the top: wsss and plumbing
     "wsss": set(), "plumbing": {"plumbing"}, "toy": {"wsss", "plumbing", "toy", "hosts"},

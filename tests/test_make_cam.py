@@ -71,6 +71,24 @@ def test_maps_are_scales_and_flips_summed(world):
     assert tile.tobytes() == sheets.tile(heated, "").crop((0, 0, 160, 160)).tobytes()
 
 
+def test_large_images_are_seen_small_and_their_maps_enlarged(world, tmp_path):
+    """As S sees the image of that size; twelve pixels beside six are no other map."""
+    make_folder(tmp_path / "data")
+    path = folders.Folder(tmp_path / "data").image_path("a_2")
+    large, small = load_image(path).resize((240, 200), Image.BICUBIC), tmp_path / "small.png"
+    large.resize((48, 40), Image.BICUBIC).save(small)
+    large.save(path, format="PNG")
+    (tmp_path / "out").mkdir()
+    keep_generator(tmp_path / "out/refine.pt")
+    make(tmp_path, tmp_path / "out", "--max-side", "48", "--cam", "large")
+    load_image(small).save(path, format="PNG")
+    make(tmp_path, tmp_path / "out", "--cam", "small")
+    found, seen = read(tmp_path / "out/large", "a_2"), read(tmp_path / "out/small", "a_2")
+    assert found.shape == (2, 200, 240) and seen.shape == (2, 40, 48)
+    assert np.abs(found - resize_maps(seen, (200, 240)).numpy()).max() < 2e-3
+    refused(call(*flags(tmp_path, tmp_path / "out", "--cam", "large")), "--max-side")
+
+
 def test_finished_maps_are_kept_and_others_refused(world, tmp_path):
     for name in ("refine", "match"):
         keep_generator(tmp_path / f"{name}.pt")

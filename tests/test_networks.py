@@ -228,7 +228,8 @@ def test_vpls_decoder_comes_back_on_its_clip_alone(tiny_clip, tmp_path, logits):
     model, images = networks.new_decoder(clip, prototypes, 16, logits).eval(), torch.rand(1, 3, 32, 24)
     path = save(tmp_path / "seg.pt", {
         "model": model.state_dict(), "stage": "seg", "classes": list("abc"), "clip": clip.fingerprint(),
-        "args": {"model": "clip_decoder", "clip": str(tiny_clip), "width": 16, "logits": logits}})
+        "args": {"model": "clip_decoder", "clip": str(tiny_clip), "clip_gelu": None, "width": 16,
+                 "logits": logits}})
     assert torch.equal(networks.load_segmenter(path, RUN)(images), model(images))
     other = torch.load(tiny_clip, weights_only=True)
     other["text_projection"] = other["text_projection"] * 2
@@ -245,11 +246,11 @@ def test_clip_files(tiny_clip, tmp_path, capsys):
     half = {name: value.half() for name, value in state.items()}
     numbers = {"input_resolution": torch.tensor(16), "context_length": torch.tensor(77)}
     wrapped = {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in half.items()}}
-    for content, said in (({**half, **numbers}, ""), (wrapped, "; left out: 'state_dict' around it, ")):
-        clip = networks.load_clip(save(path, content), RUN, vit=True)
+    for content, said in (({**half, **numbers}, ", assumed: --clip-gelu"), (wrapped, "")):
+        clip = networks.load_clip(save(path, content), RUN, vit=True, gelu=None if said else "quick")
         assert same(clip.model.state_dict(), {name: value.float() for name, value in half.items()})
-        kind = "CLIP, a state dict, QuickGELU assumed, as OpenAI's, ViT of 8 px patches, 16 px"
-        assert capsys.readouterr().out.startswith(f"{path}: {kind}{said}")
+        kind = f"CLIP, a state dict, QuickGELU{said}, ViT of 8 px patches, 16 px"
+        assert capsys.readouterr().out.startswith(f"{path}: {kind}")
     less = {name: value for name, value in state.items() if name != "ln_final.bias"}
     for content, words in ((less, "ln_final.bias"), ({**state, "extra": torch.ones(1)}, "extra"),
                            ({**state, "visual.proj": torch.ones(64, 9)}, "visual.proj"),

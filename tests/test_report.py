@@ -42,7 +42,7 @@ def save_decoder(out, clip, path):
                   "tau_i": 0.1, "gap": {"before": 1.25, "after": 0.5}}
     checkpoints.save(out / "prototypes.pt", **prototypes)
     args = {"model": "clip_decoder", "clip": str(path), "width": 16, "logits": "raw", "lambda_rsc": 0.1,
-            "inputs": {"clip": files.fingerprint(path)}}
+            "clip_gelu": None, "inputs": {"clip": files.fingerprint(path)}}
     model = networks.new_decoder(clip, prototypes, 16, "raw")
     checkpoints.save(out / "seg.pt", stage="seg", model=model.state_dict(), classes=NAMES, args=args,
                      clip=clip.fingerprint())
@@ -80,7 +80,7 @@ def world(tmp_path_factory, tiny_clip):
     prompts = clip_model.BackgroundPrompts(clip, 3, 4)
     known = {"clip": files.fingerprint(tiny_clip)}
     checkpoints.save(out / "prompts.pt", stage="prompts", model=prompts.state_dict(), classes=NAMES,
-                     args={"clip": str(tiny_clip), "inputs": known})
+                     args={"clip": str(tiny_clip), "clip_gelu": None, "inputs": known})
     return root
 
 

@@ -171,8 +171,21 @@ def test_an_empty_share_is_an_empty_batch_or_an_image_without_a_label(voc):
 
 def test_all_images_once_in_batches_of_one_size(voc):
     folder = folders.Folder(voc)                                       # 30 and 34 rows in turn
-    loader = sampling.by_size(folder, folder.ids("train"), 2, SimpleNamespace(device=torch.device("cpu")))
+    loader_run = SimpleNamespace(device=torch.device("cpu"))
+    loader = sampling.by_size(folder, folder.ids("train"), 2, loader_run)
     found = [(numbers, batch) for numbers, batch in loader]
     assert [numbers for numbers, _ in found] == [[0, 2], [4], [1, 3]]
     for numbers, batch in found:
         assert all(torch.equal(image, folder.image(f"a_{n + 1}")) for n, image in zip(numbers, batch))
+    loader = sampling.by_size(folder, folder.ids("train"), 2, loader_run, max_side=20)
+    assert [tuple(batch.shape[2:]) for _, batch in loader] == [(15, 20), (15, 20), (17, 20)]
+
+
+def test_images_larger_than_cocos_go_one_by_one(voc, monkeypatch):
+    """Also where they become as large by --max-side."""
+    folder, sizes = folders.Folder(voc), {"a_1": (3000, 4000), "a_2": (480, 640), "a_3": (3000, 4000),
+                                          "a_4": (480, 640), "a_5": (480, 640)}
+    monkeypatch.setattr(sampling, "image_size", lambda path: sizes[path.stem])
+    for max_side, large in ((0, [[0], [2]]), (800, [[0], [2]]), (640, [[0, 2]])):
+        images = sampling.WholeImages(folder, list(sizes), max_side)
+        assert list(images.batches(2)) == [[1, 3], [4], *large]

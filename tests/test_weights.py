@@ -18,7 +18,6 @@ import torch
 from conftest import ROOT, call, refused
 
 from plumbing import weights
-from wsss.clip_model import openai_clip
 
 
 class Bomb:
@@ -135,26 +134,3 @@ def test_the_weights_in_the_repository_are_those_of_their_list(tmp_path):
     done = call("make_toy.py", "--out", tmp_path / "toy", "--weights", copy.parent)
     refused(done, f"{copy}: its SHA-256 is not", "SHA256SUMS", "--train-weights")
     assert not (tmp_path / "toy").exists()
-
-
-class Archived(openai_clip.model.CLIP):
-    def forward(self, images):
-        return images + 1
-
-
-@pytest.mark.filterwarnings("ignore")                         # TorchScript is deprecated
-def test_openais_archives_are_opened_by_their_sha256_alone(tiny_clip, tmp_path):
-    """An archive is TorchScript, a program; a plain state dict beside it needs no such trust."""
-    state = torch.load(tiny_clip, weights_only=True)
-    model = openai_clip.model.build_model(dict(state)).float()
-    model.load_state_dict(state)
-    model.__class__ = Archived
-    path = tmp_path / "archive.pt"
-    torch.jit.trace(model, torch.rand(1)).save(str(path))
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    with pytest.raises(ValueError, match="archive.pt: TorchScript, which may run code, .* none of OpenAI"):
-        weights.read_clip(path, {digest[::-1]: "ViT-B/32"})
-    for found, kind in ((path, "OpenAI's ViT-T/8"), (tiny_clip, "a state dict, QuickGELU assumed")):
-        content, what, notes = weights.read_clip(found, {digest: "ViT-T/8"})
-        assert what.startswith(kind) and notes == []
-        assert content.keys() == state.keys() and torch.equal(content["visual.proj"], state["visual.proj"])

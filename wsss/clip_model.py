@@ -27,11 +27,14 @@ def load_clip(name_or_path, device="cpu"):
     return clip_from_state(state).to(device)
 
 
-def clip_from_state(state):
-    """A state dict with OpenAI's names, in any precision -> FrozenClip."""
+def clip_from_state(state, gelu="quick"):
+    """A state dict with OpenAI's names, in any precision -> FrozenClip. `gelu`: "quick", OpenAI's, or "plain"
+    """
     state = dict(state)
     model = openai_clip.model.build_model(state).float()  # takes the three numbers of an archive out of state
     model.load_state_dict(state)  # again: build_model has rounded the weights to half
+    for mlp in [module for module in model.modules() if gelu == "plain" and hasattr(module, "gelu")]:
+        mlp.gelu = nn.GELU()
     return FrozenClip(model)
 
 
@@ -57,6 +60,7 @@ class FrozenClip(nn.Module):
         digest = hashlib.sha256()
         for weight in (self.model.visual.conv1.weight, self.model.text_projection):
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
+        digest.update(b"plain GELU" if any(isinstance(m, nn.GELU) for m in self.model.modules()) else b"")
         return digest.hexdigest()[:16]
 
     def normalize(self, images, fill="mean"):

@@ -11,6 +11,7 @@ pairs is class column k[p] in image b[p]. An image is one class token, then N = 
 channels; d is the width of one attention head. Under autocast only the forward pass of last_inputs is in half
 precision. Everything else is float32, or float64 for a float64 CLIP.
 """
+import math
 from types import SimpleNamespace
 
 import torch
@@ -82,12 +83,6 @@ def run_blocks(clip, images, size=None, look=0):
     return inputs, attention, (h, w)
 
 
-def within(size, longest):
-    """(H, W), made smaller if its longer side is over `longest`; 0: never"""
-    factor = min(1, longest / max(size)) if longest else 1
-    return tuple(round(n * factor) for n in size)
-
-
 def positions(visual, h, w):
     """The position embedding, resized to h x w patches -> (1 + N, width)"""
     first, grid = visual.positional_embedding[:1], visual.positional_embedding[1:]
@@ -148,8 +143,11 @@ def layer_norm_back(norm, x, c):
     return inverse * (c - c.mean(-1, keepdim=True) - x * (c * x).mean(-1, keepdim=True))
 
 
-def quick_gelu_slope(a):
-    """The derivative of OpenAI's QuickGELU, a s(1.702 a) with s the sigmoid."""
+def gelu_slope(gelu, a):
+    """The derivative of the block's GELU: OpenAI's QuickGELU, a s(1.702 a) with s the sigmoid, or the plain
+    one."""
+    if isinstance(gelu, torch.nn.GELU):                       # a Phi(a), of N(0, 1)
+        return torch.special.ndtr(a) + a * torch.exp(-a.square() / 2) / math.sqrt(2 * math.pi)
     s = torch.sigmoid(1.702 * a)
     return s * (1 + 1.702 * a * (1 - s))
 
@@ -197,7 +195,8 @@ def gradcam_weights(clip, last, columns, competes, b, k, scale):
     N = last.z.shape[1]
     c = (c @ visual.proj.T / N).unsqueeze(1)                  # (P, 1, width): at ln_post, of every patch
     c = layer_norm_back(visual.ln_post, last.z[b], c)         # (P, N, width): at z
-    inside = c @ block.mlp.c_proj.weight * quick_gelu_slope(last.a)[b]                # (P, N, 4 width): at a
+    slope = gelu_slope(block.mlp.gelu, last.a)[b]             # (P, N, 4 width)
+    inside = c @ block.mlp.c_proj.weight * slope              # (P, N, 4 width): at a
     c = c + layer_norm_back(block.ln_2, last.y[b], inside @ block.mlp.c_fc.weight)    # (P, N, width): at y
     return attention_back(block.attn, last.q[b], last.k[b], last.v[b], last.A[b], last.o[b], c) / N
 
