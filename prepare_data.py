@@ -2,6 +2,7 @@
 
     python prepare_data.py voc --voc VOCdevkit/VOC2012 --sbd benchmark_RELEASE   # SegmentationClassAug, lists
     python prepare_data.py coco --coco coco --out data/coco                      # masks, labels, names, lists
+    python prepare_data.py coco --json mine.json --images photos --out data/mine # one file in COCO's format
     python prepare_data.py check data/mine                                       # exit 1 if anything is wrong
     python prepare_data.py remap data/coco                                       # 90-id COCO masks -> 1..80
 
@@ -14,6 +15,10 @@ coco    Reads annotations/instances_{train,val}2014.json, train2014/, val2014/ (
         Writes JPEGImages/ (links), SegmentationClass/<id>.png, labels.txt, classes.txt, lists of
         the images with at least one annotation (82,081 and 40,137), and SegmentationClass/README.txt, the
         painting rule: large areas first, small ones on top; category ids 1..90 become 1..80.
+        --json: a file as CVAT, Label Studio or Roboflow export it, of any ids and names. Categories without
+        an annotation and images without one are left out. An image whose objects all have segmentations gets
+        a mask. Lists: where all have one, every fifth image is val; where some have, those are val; else all
+        are train.
 check   Reads all lists, images, masks and labels, and writes nothing. Each finding is one line: lists, ids,
         missing or unreadable files, sizes, label values, 90-id COCO masks. Without ImageSets/ the one
         list, train, is that of labels.txt. A split may lack all masks or all labels, but not only some.
@@ -35,7 +40,7 @@ from tqdm import tqdm
 
 from plumbing import files, flags, folders, guard, processes
 from plumbing.folders import COCO_CLASSES, VOC_CLASSES, Folder
-from plumbing.images import IMAGE_ENDINGS, load_image
+from plumbing.images import IMAGE_ENDINGS, image_size, load_image
 from plumbing.masks import IGNORE, load_mask, save_mask
 from plumbing.weights import COCO_GAPS
 
@@ -45,8 +50,8 @@ VOC_COUNTS = {"masks of VOC": 2913, "masks of SBD": 11355, "masks together": 120
 COCO_COUNTS = {"train": 82081, "val": 40137}
 COCO_IDS = [i for i in range(1, 91) if i not in COCO_GAPS]    # the others were never used
 COCO_INDEX = {i: k for k, i in enumerate(COCO_IDS)}           # category id -> class index 0..79
-RULE = """Label maps: 0 background, 1..80 line of classes.txt (not COCO's category ids 1..90), 255 ignored.
-Painted from instances_{{train,val}}2014.json, areas in descending order: small objects lie on top of large
+RULE = """Label maps: 0 background, 1 and more the line of classes.txt, not category ids; 255 ignored.
+Painted from {}, areas in descending order: small objects lie on top of large
 ones, of equal ones the later. Crowd regions (iscrowd): {}.
 labels.txt names the classes of all annotations{}, also of one whose pixels are hidden under others.
 """
@@ -71,7 +76,10 @@ def parse():
     c.add_argument("--out", type=Path, help="another folder than --voc; the rest of VOC is linked there")
     c.add_argument("--allow-partial", action="store_true", help="go on with a part of VOC or SBD")
     c = add_command("coco", prepare_coco, "COCO 2014 -> a data folder")
-    c.add_argument("--coco", type=Path, required=True, help="holds annotations/, train2014/, val2014/")
+    source = c.add_mutually_exclusive_group(required=True)
+    source.add_argument("--coco", type=Path, help="holds annotations/, train2014/, val2014/")
+    source.add_argument("--json", type=Path, help="one file in COCO's format, of any classes")
+    c.add_argument("--images", type=Path, help="the folder of its images")
     c.add_argument("--out", type=Path, required=True, help="the data folder to make")
     c.add_argument("--crowd", choices=list(CROWDS), default="include",
                    help="crowd regions: painted, 255 beneath all objects, or left out")
@@ -191,6 +199,23 @@ def prepare_voc(args):
 Job = namedtuple("Job", "source image mask shape objects present")
 
 
+def read_objects(content, index):
+    """{image id: [(class index, crowd, segmentation)]}; `index`: category id -> class index"""
+    objects = defaultdict(list)
+    for a in content["annotations"]:
+        crowd, shape = bool(a.get("iscrowd")), a.get("segmentation") or []
+        objects[a["image_id"]].append((index[a["category_id"]], crowd, shape))
+    return objects
+
+
+def make_job(args, source, shape, objects):
+    kept = [o for o in objects if not (o[1] and args.crowd == "skip")]
+    labelled = [(IGNORE if crowd and args.crowd == "ignore" else k + 1, s) for k, crowd, s in kept]
+    mask = args.out / MASKS[0] / f"{source.stem}.png"
+    present = sorted({o[0] for o in kept})
+    return Job(source, args.out / "JPEGImages" / source.name, mask, shape, labelled, present)
+
+
 def read_split(args, split):
     """instances_<split>2014.json -> a Job for each image with an annotation"""
     path = args.coco / "annotations" / f"instances_{split}2014.json"
@@ -200,18 +225,12 @@ def read_split(args, split):
     try:
         content = json.loads(path.read_bytes())
         names = {c["name"]: COCO_CLASSES[COCO_INDEX[c["id"]]] for c in content["categories"]}
-        objects = defaultdict(list)                           # image id -> [(class, crowd, shape)]
-        for a in content["annotations"]:
-            crowd = bool(a.get("iscrowd"))
-            objects[a["image_id"]].append((COCO_INDEX[a["category_id"]], crowd, a["segmentation"]))
+        objects = read_objects(content, COCO_INDEX)
         jobs = []
         for image in (image for image in content["images"] if image["id"] in objects):
-            name = Path(image["file_name"]).name
-            mask = args.out / MASKS[0] / f"{folders.check_id(Path(name).stem, path)}.png"
-            kept = [o for o in objects[image["id"]] if not (o[1] and args.crowd == "skip")]
-            labelled = [(IGNORE if crowd and args.crowd == "ignore" else k + 1, s) for k, crowd, s in kept]
-            jobs.append(Job(args.coco / f"{split}2014" / name, args.out / "JPEGImages" / name, mask,
-                            (image["height"], image["width"]), labelled, sorted({o[0] for o in kept})))
+            source = args.coco / f"{split}2014" / Path(image["file_name"]).name
+            folders.check_id(source.stem, path)
+            jobs.append(make_job(args, source, (image["height"], image["width"]), objects[image["id"]]))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {files.first_line(error)}"
         raise ValueError(f"{path} is not COCO's instances file ({reason}): {AGAIN}") from None
@@ -222,6 +241,69 @@ def read_split(args, split):
     without = len(content["images"]) - len(jobs)
     print(f"{split}: {len(jobs):,} images with an annotation, {without:,} without are left out{note}")
     return jobs
+
+
+def read_own(args):
+    """One file in COCO's format -> the names of its classes, {split: jobs}"""
+    try:
+        content = json.loads(args.json.read_bytes())
+        used = {a["category_id"] for a in content["annotations"]}
+        known = {c["id"]: str(c["name"]).strip() for c in content["categories"] if c["id"] in used}
+        index = {id: k for k, id in enumerate(sorted(known))}
+        objects = read_objects(content, index)
+        images = [i for i in content["images"] if i["id"] in objects]
+        listed = [str(i["file_name"]) for i in images]
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{args.json} is missing: --json is the file with the annotations") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {files.first_line(error)}"
+        raise ValueError(f"{args.json} is not in COCO's format ({reason}): export it as COCO, with "
+                         "categories, images and annotations") from None
+    names = [known[id] for id in sorted(known)]
+    if twice := [name for name in names if not name or names.count(name) > 1]:
+        raise ValueError(f"{args.json}: the name {twice[0]!r} is of two categories or empty: rename one")
+    if not images:
+        raise ValueError(f"{args.json} annotates no image: were the annotations exported?")
+    jobs = []
+    for path, image in zip(find_images(args, listed), images):
+        shape, drawn = image_size(path), (image.get("height"), image.get("width"))
+        if None not in drawn and drawn != shape:
+            raise ValueError(f"{path} is {shape[1]}x{shape[0]}, {drawn[1]}x{drawn[0]} in {args.json}: give the "
+                             "--images that were annotated; it may be turned by its EXIF")
+        job = make_job(args, path, shape, objects[image["id"]])
+        jobs.append(job if all(s for _, s in job.objects) else job._replace(mask=None))
+    masked = [job for job in jobs if job.mask]
+    val = masked[::5] if len(masked) == len(jobs) else masked
+    kept = {job.image for job in val}
+    splits = {"train": [job for job in jobs if job.image not in kept], "val": val}
+    print(f"{len(names)} classes, {len(jobs):,} images with an annotation, "
+          f"{len(content['images']) - len(jobs):,} without are left out; {len(masked):,} have segmentations; "
+          f"train {len(splits['train']):,}, val {len(val):,}")
+    return names, {split: members for split, members in splits.items() if members}
+
+
+def find_images(args, names):
+    """The files that a COCO file names: by their path in --images, or by their name wherever it is there."""
+    if args.images is None or not args.images.is_dir():
+        raise FileNotFoundError(f"{args.images} is not a folder: --images is the folder of the images that "
+                                f"{args.json} names")
+    there = {path.name: path for path in sorted(args.images.rglob("[!.]*")) if path.is_file()}
+    found, ids = [], {}
+    for name in (name.replace("\\", "/") for name in names):
+        path = args.images / name if (args.images / name).is_file() else there.get(Path(name).name)
+        if path is None:
+            lost = sum(Path(other.replace("\\", "/")).name not in there for other in names)
+            raise FileNotFoundError(f"{args.images} holds no {name}, {lost} of {len(names)} images that "
+                                    f"{args.json} names are missing: give the --images they are in")
+        if path.suffix not in IMAGE_ENDINGS:
+            raise ValueError(f"{path}: images end in {', '.join(IMAGE_ENDINGS[:3])}: convert it and export "
+                             "again")
+        id = folders.check_id(path.stem, args.json)
+        if id in ids:
+            raise ValueError(f"{args.json}: {name} and {ids[id]} would both be image {id}: rename one")
+        ids[id] = name
+        found.append(path)
+    return found
 
 
 def decode(segmentation, shape):
@@ -250,28 +332,36 @@ def paint_objects(shape, objects):
 
 
 def write_coco(job):
+    link(job.source, job.image)
+    if not job.mask:
+        return
     try:
         mask = paint_objects(job.shape, [(label, decode(s, job.shape)) for label, s in job.objects])
     except Exception as error:                                # pycocotools raises bare Exception
         raise ValueError(f"{job.source.name}: its segmentation cannot be decoded "
-                         f"({files.first_line(error)}): {AGAIN}") from None
-    link(job.source, job.image)
+                         f"({files.first_line(error)}): take its annotations from a whole file") from None
     save_mask(job.mask, mask)
 
 
 def prepare_coco(args):
-    require("pycocotools.mask", "pycocotools", "COCO's segmentations")
-    masks, rule = args.out / MASKS[0], RULE.format(*CROWDS[args.crowd])
+    masks = args.out / MASKS[0]
+    sources = args.json.name if args.json else "instances_{train,val}2014.json"
+    rule = RULE.format(sources, *CROWDS[args.crowd])
     readme = masks / "README.txt"
     painted = readme.exists() or files_by_id(masks, ".png")
     if painted and not (readme.exists() and readme.read_text(encoding="utf-8") == rule):
         raise ValueError(f"{masks} holds masks of another rule ({readme.name}) than --crowd {args.crowd}: "
                          "give another --out, or remove it")
-    splits = {split: read_split(args, split) for split in COCO_COUNTS}
+    if args.json:
+        classes, splits = read_own(args)
+    else:
+        classes, splits = COCO_CLASSES, {split: read_split(args, split) for split in COCO_COUNTS}
     jobs = [job for members in splits.values() for job in members]
-    if len({job.mask for job in jobs}) < len(jobs):
-        raise ValueError(f"{args.coco / 'annotations'}: an image occurs twice: {AGAIN}")
-    todo = [job for job in jobs if not (job.image.exists() and job.mask.exists())]
+    if any(job.mask for job in jobs):
+        require("pycocotools.mask", "pycocotools", "COCO's segmentations")
+    if len({job.image for job in jobs}) < len(jobs):
+        raise ValueError(f"{args.json or args.coco / 'annotations'}: an image occurs twice: {AGAIN}")
+    todo = [job for job in jobs if not (job.image.exists() and (not job.mask or job.mask.exists()))]
     missing = [job.source for job in todo if not job.source.exists()]
     if missing:
         raise FileNotFoundError(f"{missing[0]} and {len(missing) - 1:,} more images are missing: "
@@ -280,14 +370,13 @@ def prepare_coco(args):
     for folder in (args.out / "JPEGImages", masks, args.out / LISTS):
         folder.mkdir(parents=True, exist_ok=True)
     write_new(readme, rule)
-    write_new(args.out / "classes.txt", "".join(f"{name}\n" for name in COCO_CLASSES))
+    write_new(args.out / "classes.txt", "".join(f"{name}\n" for name in classes))
     print(f"{len(jobs) - len(todo):,} masks are in {masks} already and stay as they are")
     run_all(write_coco, todo, "coco", args.workers, masks)
-    names = [name.replace(" ", "_") for name in COCO_CLASSES]
-    lines = [" ".join([job.mask.stem, *(names[k] for k in job.present)]) for job in jobs]
+    lines = ["\t".join([job.image.stem, *(classes[k] for k in job.present)]) for job in jobs]
     write_new(args.out / "labels.txt", "".join(f"{line}\n" for line in lines))
     for split, members in splits.items():
-        write_list(args.out / LISTS / f"{split}.txt", [job.mask.stem for job in members])
+        write_list(args.out / LISTS / f"{split}.txt", [job.image.stem for job in members])
     print(f"{args.out}: crowds {CROWDS[args.crowd][0]}; next: python prepare_data.py check {args.out}")
 
 

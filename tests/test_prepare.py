@@ -300,6 +300,80 @@ def test_coco_bad_input(coco, no_pycocotools, tmp_path, change, message):
     assert not (tmp_path / "out/labels.txt").exists() and not list((tmp_path / "out").rglob(".*"))
 
 
+# ---------------------------------------------------------------- one file in COCO's format
+
+OWN = [{"id": 0, "name": "objects"}, {"id": 7, "name": "fork lift"}, {"id": 4, "name": "pallet"}]
+
+
+def own(root, annotations, names=("a one.jpg", "sub\\b.png", "c.jpg"), categories=OWN, **size):
+    """mine.json and its images, as Roboflow (an unused category 0), CVAT and Label Studio (paths) write it."""
+    images = [{"id": 10 + n, "file_name": name, **(size or {"height": 4, "width": 6})}
+              for n, name in enumerate(names)]
+    annotations = [{"id": k, "image_id": n, "category_id": c, **more}
+                   for k, (n, c, more) in enumerate(annotations)]
+    content = {"categories": categories, "images": images, "annotations": annotations}
+    write(root / "mine.json", json.dumps(content))
+    for name in names:
+        image(root / "photos" / name.replace("\\", "/"))
+    return "coco", "--json", root / "mine.json", "--images", root / "photos", "--out", root / "out"
+
+
+SQUARE = {"segmentation": box(1, 1, 3, 3), "iscrowd": 0}
+
+
+def test_one_file_of_any_ids_and_names(no_pycocotools, tmp_path):
+    """Classes by id, blanks in file names, images by path or by name; every fifth image is val."""
+    command = own(tmp_path, [(10, 7, SQUARE), (10, 4, {"segmentation": box(0, 0, 1, 4)}), (11, 4, SQUARE)])
+    text = done(*command)
+    assert "2 classes, 2 images with an annotation, 1 without are left out; 2 have segmentations" in text
+    folder = Folder(tmp_path / "out")
+    assert folder.classes == ["pallet", "fork lift"]
+    assert (folder.ids("train"), folder.ids("val")) == (["b"], ["a one"])
+    assert folder.labels(["a one", "b"]).tolist() == [[1, 1], [1, 0]]
+    row = [1, 0, 0, 0, 0, 0]
+    assert folder.truth("a one").tolist() == [row, *[[1, 2, 2, 0, 0, 0]] * 2, row]
+    assert "no problems" in done("check", tmp_path / "out")
+    assert "2 masks are in" in done(*command)                            # a second call finds them
+
+
+def test_boxes_give_labels_and_the_images_with_segmentations_are_val(no_pycocotools, tmp_path):
+    bare = {"bbox": [1, 1, 2, 2], "segmentation": []}
+    done(*own(tmp_path, [(10, 7, bare), (11, 4, SQUARE), (12, 4, SQUARE), (12, 7, bare)]))
+    folder = Folder(tmp_path / "out")
+    assert (folder.ids("train"), folder.ids("val")) == (["a one", "c"], ["b"])
+    assert folder.labels(["a one", "b", "c"]).tolist() == [[0, 1], [1, 0], [1, 1]]
+    assert [folder.has_mask(id) for id in ("a one", "b", "c")] == [False, True, False]
+    assert "no problems" in done("check", tmp_path / "out")
+
+
+def test_boxes_alone_need_no_pycocotools(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    done(*own(tmp_path, [(10, 7, {}), (11, 4, {})]))
+    assert Folder(tmp_path / "out").ids("train") == ["a one", "b"]
+    assert not list((tmp_path / "out").rglob("val.txt"))
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda r: (r / "mine.json").unlink(), "mine.json is missing: --json is the file"),
+    (lambda r: write(r / "mine.json", "[1]"), "mine.json is not in COCO's format"),
+    (lambda r: own(r, [(10, 5, SQUARE)]), "is not in COCO's format (KeyError: 5)"),
+    (lambda r: own(r, []), "annotates no image"),
+    (lambda r: own(r, [(10, 7, SQUARE), (10, 4, SQUARE)], categories=[{"id": 7, "name": "x"},
+                                                                      {"id": 4, "name": "x "}]),
+     "the name 'x' is of two categories"),
+    (lambda r: own(r, [(10, 7, SQUARE), (11, 7, SQUARE)], names=("a.jpg", "sub/a.png")),
+     "would both be image a: rename one"),
+    (lambda r: own(r, [(10, 7, SQUARE)], names=("a.gif",)), "a.gif: images end in .jpg"),
+    (lambda r: own(r, [(10, 7, SQUARE)], height=6, width=4), "is 6x4, "),
+    (lambda r: (r / "photos/c.jpg").unlink(), "photos holds no c.jpg, 1 of 2 images that"),
+    (lambda r: shutil.rmtree(r / "photos"), "photos is not a folder: --images is the folder")])
+def test_one_file_bad_input(no_pycocotools, tmp_path, change, message):
+    command = own(tmp_path, [(10, 7, SQUARE), (12, 4, SQUARE)])
+    change(tmp_path)
+    refused(prepare(*command), message)
+    assert not (tmp_path / "out").exists()
+
+
 # ---------------------------------------------------------------- check
 
 @pytest.fixture
