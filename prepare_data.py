@@ -268,8 +268,8 @@ def read_own(args):
     for path, image in zip(find_images(args, listed), images):
         shape, drawn = image_size(path), (image.get("height"), image.get("width"))
         if None not in drawn and drawn != shape:
-            raise ValueError(f"{path} is {shape[1]}x{shape[0]}, {drawn[1]}x{drawn[0]} in {args.json}: give the "
-                             "--images that were annotated; it may be turned by its EXIF")
+            raise ValueError(f"{path} is {shape[1]}x{shape[0]}, {drawn[1]}x{drawn[0]} in {args.json}: give "
+                             "the --images that were annotated; it may be turned by its EXIF")
         job = make_job(args, path, shape, objects[image["id"]])
         jobs.append(job if all(s for _, s in job.objects) else job._replace(mask=None))
     masked = [job for job in jobs if job.mask]

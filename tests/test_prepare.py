@@ -306,7 +306,7 @@ OWN = [{"id": 0, "name": "objects"}, {"id": 7, "name": "fork lift"}, {"id": 4, "
 
 
 def own(root, annotations, names=("a one.jpg", "sub\\b.png", "c.jpg"), categories=OWN, **size):
-    """mine.json and its images, as Roboflow (an unused category 0), CVAT and Label Studio (paths) write it."""
+    """mine.json and its images, as Roboflow (an unused category 0) and Label Studio (paths) write it."""
     images = [{"id": 10 + n, "file_name": name, **(size or {"height": 4, "width": 6})}
               for n, name in enumerate(names)]
     annotations = [{"id": k, "image_id": n, "category_id": c, **more}
