@@ -27,7 +27,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torchvision.ops import nms
 
 from plumbing import checkpoints, files, flags, folders, guard, log, processes, segments, weights
 from plumbing.images import load_image
@@ -201,6 +200,7 @@ def suppress(found, scores, iou):
     """Numbers of the segments that stay, best first: of two whose boxes have a larger IoU the better one."""
     boxes = [(s.box[1], s.box[0], s.box[3] - 1, s.box[2] - 1) for s in found]
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
+    from torchvision.ops import nms
     return nms(boxes, torch.tensor(scores, dtype=torch.float32), iou).tolist()
 
 

@@ -14,7 +14,9 @@ from wsss import clip_model, generator, gradcam, segmenter
 
 # ---------------------------------------------------------------- CLIP
 
-OPENAI = clip_model.openai_clip.clip._MODELS               # name -> address, whose last folder is the SHA-256
+def openais():
+    """{name: address, whose last folder is the SHA-256}"""
+    return clip_model.openai().clip._MODELS
 
 
 def load_clip(name, run, vit=False, gelu=None):
@@ -22,7 +24,7 @@ def load_clip(name, run, vit=False, gelu=None):
     folder -> FrozenClip. `gelu`: --clip-gelu.
 
     With `vit`, a CLIP whose image encoder is a ResNet is refused: GradCAM and the decoder read patches."""
-    clip = run.in_turn(lambda: open_openais(name) if name in OPENAI else open_clip_file(str(name), gelu))
+    clip = run.in_turn(lambda: open_openais(name) if name in openais() else open_clip_file(str(name), gelu))
     if vit and not hasattr(clip.model.visual, "transformer"):
         kind = type(clip.model.visual).__name__
         raise ValueError(f"--clip {name}: the image encoder of this CLIP is a {kind}: "
@@ -33,8 +35,8 @@ def load_clip(name, run, vit=False, gelu=None):
 def open_clip_file(name, gelu):
     path, config = clip_files.locate(name)
     if not path.exists():
-        raise FileNotFoundError(f"CLIP {name}: no such file, and not one of {', '.join(OPENAI)}")
-    published = {address.split("/")[-2]: model for model, address in OPENAI.items()}
+        raise FileNotFoundError(f"CLIP {name}: no such file, and not one of {', '.join(openais())}")
+    published = {address.split("/")[-2]: model for model, address in openais().items()}
     state, gelu, kind, notes = clip_files.read(path, config, published, gelu)
     clip = weights.fit(path, lambda state: clip_model.clip_from_state(state, gelu), state)
     visual = clip.model.visual

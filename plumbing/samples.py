@@ -7,8 +7,6 @@ from multiprocessing.pool import ThreadPool
 
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
-from torchvision import tv_tensors
-from torchvision.transforms import v2
 
 from plumbing import guard
 from plumbing.augment import rand_augment
@@ -64,19 +62,23 @@ MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None]     # ImageNet's
 STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
 
 
-class Erase(v2.RandomErasing):
+def erase_some(share, image):
     """Random erasing by noise that is N(0, 1) in every channel once a network has normalised the image."""
-
-    def make_params(self, flat_inputs):
-        drawn = super().make_params(flat_inputs)
-        if drawn["v"] is not None:
-            drawn["v"] = drawn["v"] * STD + MEAN
-        return drawn
+    from torchvision.transforms import v2
+    if torch.rand(1) >= share:
+        return image
+    drawn = v2.RandomErasing(value="random").make_params([image])
+    if drawn["v"] is None:                                    # no rectangle was found that fits
+        return image
+    return v2.functional.erase(image, **{**drawn, "v": drawn["v"] * STD + MEAN})
 
 
 def train_transform(size, min_scale=0.08, randaugment=False, erase=0.0):
     """-> function of an image's path: RandomResizedCrop and flip; RandAugment and random erasing in (a),
     (c)."""
+    # Here and below torchvision is imported where it augments: it takes as long as torch, also for --help.
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
     crop = v2.RandomResizedCrop(size, scale=(min_scale, 1), interpolation=v2.InterpolationMode.BICUBIC,
                                 antialias=True)
     steps = [v2.RandomHorizontalFlip()]
@@ -84,13 +86,15 @@ def train_transform(size, min_scale=0.08, randaugment=False, erase=0.0):
         steps += [v2.ToPILImage(), rand_augment, v2.ToImage()]
     steps.append(v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True))
     if erase:
-        steps.append(Erase(erase, value="random", inplace=True))
+        steps.append(partial(erase_some, erase))
     return partial(crop_and_augment, crop, v2.Compose(steps))
 
 
 def crop_and_augment(crop, augment, path):
     """-> (3, h, w) in [0, 1]. The crop is drawn from the size in the header, so that of a large JPEG only
     the pixels it needs are decoded: at 1/2, 1/4 or 1/8 of its sides."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
     with opened(path) as file:
         height, width = shown_size(file)
         box = crop.make_params([torch.empty(()).expand(3, height, width)])      # looks at the shape alone
@@ -108,6 +112,9 @@ def crop_and_augment(crop, augment, path):
 def segmentation_transform(crop, low, high):
     """Image and mask alike: a random scale, a random crop, a flip. Outside the image: mean colour, no
     label."""
+    from torchvision import tv_tensors
+    from torchvision.transforms import v2
+
     def scale(image, mask):
         factor = torch.empty(()).uniform_(low, high).item()
         size = [max(1, round(n * factor)) for n in image.shape[1:]]
@@ -149,6 +156,7 @@ class Samples(Dataset):
 
     def __getitem__(self, key):
         """(epoch, i) -> image (3, h, w) in [0, 1], labels (C,) or mask (h, w) int64, i."""
+        from torchvision import tv_tensors
         epoch, i = key
         path = self.folder.image_path(self.ids[i])
         with torch.random.fork_rng(devices=[]):

@@ -3,6 +3,7 @@ import hashlib
 import json
 from types import SimpleNamespace
 
+import clip as openai_clip
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,7 +13,6 @@ from test_weights import save
 
 from plumbing import clip_files, networks, weights
 from wsss import clip_model
-from wsss.clip_model import openai_clip
 
 RUN = SimpleNamespace(device=torch.device("cpu"), in_turn=lambda make: make())
 TEXTS = ["a photo of dog.", "a clean origami bird avian."]

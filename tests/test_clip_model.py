@@ -2,12 +2,12 @@
 real vocabulary."""
 import functools
 
+import clip as openai_clip
 import pytest
 import torch
 import torch.nn.functional as F
 
 from wsss import clip_model
-from wsss.clip_model import openai_clip
 
 assert_close = functools.partial(torch.testing.assert_close, atol=1e-5, rtol=1e-4)
 TEXTS = ["a photo of dog.", "a photo of a potted plant.", "rails"]

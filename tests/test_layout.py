@@ -69,6 +69,16 @@ def test_plumbing_imports_only_what_is_below():
         assert below <= set(ORDER[:n]), f"{module} imports {below - set(ORDER[:n])}"
 
 
+def test_a_start_waits_for_torch_alone():
+    """--help, and what needs no CLIP: torchvision, clip and others are imported where they are used."""
+    hosts = [f"hosts.{path.stem}" for path in (ROOT / "hosts").glob("[!_]*.py")]
+    scripts = [path.stem for path in SCRIPTS] + hosts
+    late = "torchvision clip transformers pydensecrf scipy skimage pycocotools matplotlib"
+    code = f"import sys, {', '.join(scripts)}; print(*sys.modules.keys() & set({late.split()}))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
 def test_wsss_is_torch_and_mathematics():
     """A file of it copies alone. But for the two loaders it opens no files, and it prints nothing."""
     known = {"torch", "torchvision", "numpy", "clip", "pydensecrf"} | sys.stdlib_module_names - MACHINERY

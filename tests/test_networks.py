@@ -268,7 +268,7 @@ def test_a_downloaded_clip_of_another_checksum_does_not_stay(tmp_path, monkeypat
     other = tmp_path / digest / "ViT-B-32.pt"
     other.write_bytes(b"another file")
     for address, reason in ((other, "SHA256"), (tmp_path / "none", "No such file")):
-        monkeypatch.setitem(networks.OPENAI, "ViT-B/32", address.as_uri())
+        monkeypatch.setitem(networks.openais(), "ViT-B/32", address.as_uri())
         with pytest.raises(FileNotFoundError, match=rf"CLIP ViT-B/32: download failed \(.*{reason}") as error:
             networks.load_clip("ViT-B/32", RUN)
         assert "put ViT-B-32.pt into" in str(error.value) and "\n" not in str(error.value)

@@ -111,13 +111,13 @@ def encode_tokens(model, embedded, end):
 
 def prompt(model, vectors):
     """E_T of SOS a photo of [p_1 .. p_30] . EOS, for one class."""
-    tokens = clip_model.openai_clip.tokenize("a photo of " + 30 * "x " + ".")
+    tokens = clip_model.openai().tokenize("a photo of " + 30 * "x " + ".")
     embedded = model.token_embedding(tokens)[0].detach()
     return encode_tokens(model, torch.cat([embedded[:4], vectors, embedded[34:]]), 35)
 
 
 def text(model, name):
-    tokens = clip_model.openai_clip.tokenize(f"a photo of {name}.")
+    tokens = clip_model.openai().tokenize(f"a photo of {name}.")
     return encode_tokens(model, model.token_embedding(tokens)[0], tokens.argmax()).detach()
 
 

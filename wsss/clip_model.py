@@ -12,17 +12,21 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-with warnings.catch_warnings():  # it imports pkg_resources, which warns at every start
-    warnings.simplefilter("ignore")
-    import clip as openai_clip
+
+def openai():
+    """OpenAI's package, imported where it is used: it brings torchvision, which takes as long as torch."""
+    with warnings.catch_warnings():  # it imports pkg_resources, which warns at every start
+        warnings.simplefilter("ignore")
+        import clip
+    return clip
 
 
 def load_clip(name_or_path, device="cpu"):
     """An OpenAI name (downloaded once), or the file of a plain state dict with OpenAI's names -> FrozenClip.
 
     The stages read more kinds of files: plumbing/networks.py."""
-    if str(name_or_path) in openai_clip.available_models():
-        return FrozenClip(openai_clip.load(str(name_or_path), device="cpu")[0]).to(device)
+    if str(name_or_path) in openai().available_models():
+        return FrozenClip(openai().load(str(name_or_path), device="cpu")[0]).to(device)
     state = torch.load(name_or_path, map_location="cpu", weights_only=True)
     return clip_from_state(state).to(device)
 
@@ -31,7 +35,7 @@ def clip_from_state(state, gelu="quick"):
     """A state dict with OpenAI's names, in any precision -> FrozenClip. `gelu`: "quick", OpenAI's, or "plain"
     """
     state = dict(state)
-    model = openai_clip.model.build_model(state).float()  # takes the three numbers of an archive out of state
+    model = openai().model.build_model(state).float()  # takes the three numbers of an archive out of state
     model.load_state_dict(state)  # again: build_model has rounded the weights to half
     for mlp in [module for module in model.modules() if gelu == "plain" and hasattr(module, "gelu")]:
         mlp.gelu = nn.GELU()
@@ -97,7 +101,7 @@ class FrozenClip(nn.Module):
     def encode_text(self, texts):
         """list of str -> (len(texts), D), unit length."""
         try:
-            tokens = openai_clip.tokenize(texts).to(self.mean.device)                 # (n, 77)
+            tokens = openai().tokenize(texts).to(self.mean.device)                 # (n, 77)
         except RuntimeError as error:
             text = " ".join(str(error).split()).removeprefix("Input ")[:60]
             raise ValueError(f"the text {text!r}... has more tokens than CLIP reads: "
@@ -149,7 +153,7 @@ class BackgroundPrompts(nn.Module):
         # From the authors' code, not in the paper: "a photo of" before the vectors and a full stop after
         # them. There the full stop is token 13, "." within a word; here it is 269, as CLIP's tokenizer
         # reads it after a word or a blank, the same as in the class texts.
-        tokens = openai_clip.tokenize("a photo of .")[0].to(embedding.weight.device)  # SOS a photo of . EOS 0
+        tokens = openai().tokenize("a photo of .")[0].to(embedding.weight.device)  # SOS a photo of . EOS 0
         with torch.no_grad():
             self.register_buffer("start", embedding(tokens[:4]), persistent=False)    # SOS a photo of
             self.register_buffer("end", embedding(tokens[4:6]), persistent=False)     # . EOS
