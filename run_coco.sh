@@ -9,6 +9,7 @@
 # NET     deeplab (default), segmenter (WeakTr's), mask2former (default for fma); VPL has its own
 #         deeplab_coco: starts from deeplab-pytorch's weights of COCO's masks, in DEEPLAB (another experiment)
 # OUT     results: runs/coco, coco_vpl, coco_clip_es, ..._look     DATA  data/coco     SEED, GPUS (torchrun)
+# NODES, NODE, HEAD  several machines: docs/running.md
 # INIT    published WeakTr, SemPLeS or CLIMS generator to start from instead of training one
 # CLIP32, CLIP16  files to take for OpenAI's ViT-B/32 and ViT-B/16
 # SAM, SWIN       names or folders of a SAM and of Mask2Former's Swin, as transformers has them
@@ -44,16 +45,15 @@ DATA=${DATA:-data/coco}
 START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} small=${LOOK:+--crop 64}
 few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 --crop-layers 0}
-[ "${GPUS:-1}" = 1 ] || launch+=(-m torch.distributed.run --standalone --nproc_per_node "$GPUS")
 if [ -d "$COCO/JPEGImages" ]; then
     DATA=$COCO
 else
-    "$PYTHON" prepare_data.py coco --coco "$COCO" --out "$DATA"
+    launch prepare_data.py coco --coco "$COCO" --out "$DATA"
 fi
 # As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--mask-fill).
 amp=auto
 ! command -v nvidia-smi >/dev/null || amp=fp16
-shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp $amp) more=("$@")
+shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp $amp) more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 
 if [ "$METHOD$HOST" = semplesclims ]; then
@@ -151,7 +151,7 @@ case "$METHOD$NET" in
     *) test="--scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab" ;;
 esac
 stage eval.py "${shared[@]}" --split val --what seg $test --save
-launch=("$PYTHON")
+spread=
 stage report.py "${shared[@]}" --split train
 echo "== look at $OUT/report.html (the whole run), $OUT/sheets/*.png (maps), $OUT/pseudo, $OUT/pred (masks),"
 echo "   $OUT/eval_*.json (scores with their protocol), $OUT/*.jsonl (losses)"

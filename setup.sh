@@ -52,11 +52,39 @@ fi
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 
-# stage script.py flags ...: runs it, with $more at the end, where it wins. $OUT/commands.txt holds the lines
-# that ended well; while nothing in $DATA and $OUT is newer, they are passed over without starting python.
+# launch script.py flags ...: in one process, or after `spread=1` in GPUS processes. On several machines that
+# share $OUT and the data, the same command on each: NODES=2 NODE=0 HEAD=host:29500 GPUS=8 bash run_voc.sh
+# where host is, NODE=1 on the other. They meet at HEAD, for each stage at the next port.
+spread= stages=0
+
+launch() {
+    local run=(-m torch.distributed.run --nproc_per_node "${GPUS:-1}")
+    if [ "$spread" ] && [ "${NODES:-1}" != 1 ]; then
+        run+=(--nnodes "$NODES" --node_rank "$NODE" --rdzv_backend c10d --rdzv_id "$stages"
+            --rdzv_endpoint "${HEAD%:*}:$((${HEAD##*:} + stages))"
+            --rdzv_conf "is_host=$((NODE == 0)),join_timeout=3600")
+    elif [ "$spread" ] && [ "${GPUS:-1}" != 1 ]; then
+        run+=(--standalone)
+    elif [ "${NODE:-0}" = 0 ]; then
+        run=()
+    else
+        return 0                                  # the first machine's work
+    fi
+    "$PYTHON" ${run[@]+"${run[@]}"} "$@"
+}
+
+# stage script.py flags ...: launches it, with $more at the end, where it wins. $OUT/commands.txt holds the
+# lines that ended well; while nothing in $DATA and $OUT is newer, they are passed over without starting python.
 # From the first other line on, every script looks for itself what is finished.
-launch=("$PYTHON") more=() passing=ask
+more=() passing=ask
 case " $* " in *" --no-resume "*) passing= ;; esac
+if [ "${NODES:-1}" != 1 ]; then
+    case ${NODE:-}:${HEAD:-} in
+        [0-9]*:*:[0-9]*) ;;
+        *) echo "setup.sh: NODES=$NODES needs NODE, this machine's number from 0, and HEAD=host:port" >&2; exit 1 ;;
+    esac
+    passing=                                      # the machines stay in step: every stage looks for itself
+fi
 
 stage() {
     local line commands=$OUT/commands.txt
@@ -75,7 +103,10 @@ stage() {
     fi
     passing=
     echo "== $line"
-    "${launch[@]}" "$@" ${more[@]+"${more[@]}"}
-    mkdir -p "$OUT"
-    echo "$line" >>"$commands"
+    stages=$((stages + 1))
+    launch "$@" ${more[@]+"${more[@]}"}
+    if [ "${NODE:-0}" = 0 ]; then
+        mkdir -p "$OUT"
+        echo "$line" >>"$commands"
+    fi
 }

@@ -120,11 +120,12 @@ class Run:
         return self.sum(mine.detach().clone()) + self.world * (mine - mine.detach())
 
     def in_turn(self, make):
-        """make() on rank 0 first: it may download what the others then find."""
-        if not self.main:
+        """make() in the first process of a machine first: it may download what the others then find."""
+        first = os.environ.get("LOCAL_RANK", "0") == "0"
+        if not first:
             self.barrier()
         made = make()
-        if self.main:
+        if first:
             self.barrier()
         return made
 

@@ -1,12 +1,18 @@
 """Any number of processes gives the same numbers: the short form of tests/rigs/processes.py."""
 import math
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import rows
+from conftest import CLASSES, ROOT, call, make_folder, rows
 from PIL import Image
 
+from plumbing.networks import new_generator
 from tests.rigs import processes as rig
 
 
@@ -27,6 +33,41 @@ def test_processes_compute_what_one_does(world, split, processes, names):
     assert rig.show(split, found) == 0
     losses = [row["loss"] for row in rows(world / split / str(processes) / "match/match.jsonl")]
     assert (len(set(losses)) > 1) == (split != "bare")                          # it trained
+
+
+AGENT = """
+source ./setup.sh
+spread=1
+stage train_match.py --data "$DATA" --out "$OUT" "$@"
+"""
+
+
+def test_two_machines_are_one(world, tmp_path, tiny_clip):
+    """Two torchrun agents find each other and give the numbers of one process."""
+    flags = ["--clip", str(tiny_clip), *("--split train --device cpu --workers 0 --epochs 2 --batch-size 2 "
+                                         "--crop 32 --drop-path 0 --log-every 1").split()]
+    make_folder(tmp_path / "data")
+    cls = new_generator("deit_tiny", len(CLASSES), "none").state_dict()
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        torch.save({"stage": "cls", "model": cls, "classes": CLASSES, "args": {"pool": "max", "inputs": {}}},
+                   tmp_path / name / "cls.pt")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        head = f"127.0.0.1:{free.getsockname()[1]}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shared = {**os.environ, "PATH": path, "NODES": "2", "HEAD": head, "OMP_NUM_THREADS": "1",
+              "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "two")}
+    command = ["bash", "-c", AGENT, "setup.sh", *flags]
+    agents = [subprocess.Popen(command, env={**shared, "NODE": node}, cwd=ROOT, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in "01"]
+    for agent in agents:
+        text = agent.communicate(timeout=120)[0]
+        assert agent.returncode == 0, text
+    one = ["--data", tmp_path / "data", "--out", tmp_path / "one"]
+    assert call("train_match.py", *one, *flags).returncode == 0
+    found = rig.compare(tmp_path / "one", tmp_path / "two")
+    assert found["weights"] < 1e-5 and found["log"] < 1e-5 and len(rows(tmp_path / "two/match.jsonl")) == 4
 
 
 def test_what_differs_is_found(tmp_path):

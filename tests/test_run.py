@@ -15,8 +15,8 @@ from conftest import ROOT, call, make_folder, refused
 
 from plumbing import folders
 
-OURS = ("VOC SBD COCO DATA OUT METHOD HOST NET INIT START LOOK GPUS SEED CLIP32 CLIP16 SAM SWIN "
-        "DEEPLAB").split()
+OURS = ("VOC SBD COCO DATA OUT METHOD HOST NET INIT START LOOK GPUS NODES NODE HEAD SEED CLIP32 CLIP16 "
+        "SAM SWIN DEEPLAB").split()
 LAST = "make_cam eval make_pseudo eval train_seg eval report"
 STAGES = {  # METHOD or HOST -> its lines
     "semples": f"train_cls train_match train_prompt train_refine {LAST}",
@@ -141,10 +141,22 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
     shutil.rmtree(tmp_path / "out")
     (tmp_path / "bin/nvidia-smi").write_text("")
     (tmp_path / "bin/nvidia-smi").chmod(0o755)                # fp16 where there is a GPU, as the authors
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     alone = [["fp16" if word == "auto" else word for word in words] for words in alone]
     want = [torchrun + words for words in alone[:-1]] + alone[-1:]        # the report is one process's
     assert shell(script, *flags, GPUS=2, **more)[1] == want
+    shutil.rmtree(tmp_path / "out")
+    for node in (0, 1):                                       # a stage a port; one machine makes the report
+        lines = shell(script, *flags, GPUS=2, NODES=2, NODE=node, HEAD="h:29500", **more)[1]
+        assert [words[-len(end):] for words, end in zip(lines, alone)] == alone[:len(alone) - node]
+        for n, words in enumerate(lines[:len(alone) - 1], 1):
+            begin = words[:len(words) - len(alone[n - 1])]
+            assert begin == torchrun[:4] + [
+                "--nnodes", "2", "--node_rank", str(node), "--rdzv_backend", "c10d", "--rdzv_id", str(n),
+                "--rdzv_endpoint", f"h:{29500 + n}", "--rdzv_conf", f"is_host={1 - node},join_timeout=3600"]
+    for lost in ({"NODE": 1}, {"HEAD": "h:29500"}, {"NODE": 0, "HEAD": "h"}):
+        done, lines = shell(script, NODES=2, **more, **lost)
+        assert done.returncode == 1 and not lines and "NODES=2 needs NODE" in done.stderr.splitlines()[-1]
 
 
 # ---------------------------------------------------------------- a second call, folders, paths
