@@ -74,14 +74,15 @@ launch() {
 }
 
 # stage script.py flags ...: launches it, with $more at the end, where it wins. $OUT/commands.txt holds the
-# lines that ended well; while nothing in $DATA and $OUT is newer, they are passed over without starting python.
+# lines that ended well; while nothing in $DATA and $OUT is newer, they are passed over without python.
 # From the first other line on, every script looks for itself what is finished.
 more=() passing=ask
 case " $* " in *" --no-resume "*) passing= ;; esac
 if [ "${NODES:-1}" != 1 ]; then
     case ${NODE:-}:${HEAD:-} in
         [0-9]*:*:[0-9]*) ;;
-        *) echo "setup.sh: NODES=$NODES needs NODE, this machine's number from 0, and HEAD=host:port" >&2; exit 1 ;;
+        *) echo "setup.sh: NODES=$NODES needs NODE, this machine's number from 0, and HEAD=host:port" >&2
+            exit 1 ;;
     esac
     passing=                                      # the machines stay in step: every stage looks for itself
 fi

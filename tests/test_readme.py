@@ -104,7 +104,8 @@ def test_run_scripts_in_the_docs_run(shell, tmp_path, monkeypatch):  # noqa: F81
         done, found = shell(*words[at + 1:], **{**more, "OUT": tmp_path / str(n)})
         assert done.returncode == 0 and len(found) > 5, (line, done.stderr)
         for words in found:
-            parse(words[5:] if "torch.distributed.run" in words else words, monkeypatch)
+            first = next(n for n, word in enumerate(words) if re.search(r"^hosts\.|\.py$", word))
+            parse(words[first - (not words[first].endswith(".py")):], monkeypatch)
 
 
 # ---------------------------------------------------------------- for real
