@@ -1,16 +1,20 @@
 """Predicts your own photographs with a trained network, or VOC 2012's test split for its server.
 
-Reads   <out>/seg.pt (train_seg.py); --images: a folder of photographs, or --voc-test: split test of --data
-Writes  <out>/pred/<folder>/<name>.png: palette label maps at the photographs' size; <name>.jpg: overlays
+Reads   <out>/seg.pt (train_seg.py); --images: photographs, or --voc-test: split test of --data
+Writes  <out>/pred/<folder>/<name>.png: palette label maps at the photographs' size; <name>.jpg: overlays;
+        with --save-prob <name>.npy: float16 (1 + C, h, w), the background first, at the size that was seen
         <out>/comp6_test.tgz: the VOC server's archive, checked (comp6: CLIP and ImageNet are outside data)
 
 Finished predictions are kept: an interrupted run goes on.
 
     python predict.py --out runs/voc --images photos
+    python predict.py --out runs/voc --images "trip/*/IMG_*.jpg" holiday/beach.png --save-prob
     python predict.py --data /data/VOC2012 --out runs/voc --voc-test
 """
 import argparse
+import glob
 import io
+import os
 import tarfile
 from pathlib import Path
 
@@ -22,14 +26,17 @@ from plumbing.images import IMAGE_ENDINGS, image_size, load_float
 from plumbing.masks import IGNORE, enlarge, load_mask, palette, save_mask
 from wsss import crf
 
-FREE = ("split", "limit", "batch_size", "seed", "clip", "images", "voc_test")  # a prediction is the same
+# What does not change a prediction.
+FREE = ("split", "limit", "batch_size", "seed", "clip", "images", "voc_test", "save_prob")
 VOC_TEST = 1456                                               # images of VOC 2012's test set
 
 
 def parse():
     p = flags.parser(__doc__, split="test", data=False)
     g = p.add_argument_group("prediction")
-    g.add_argument("--images", type=Path, help="folder of your own images: no --data, no truth")
+    g.add_argument("--images", nargs="+", help="your own images, folders, files or patterns: no --data, no "
+                   "truth")
+    g.add_argument("--save-prob", action="store_true", help="keep the probabilities, too")
     flags.max_side(g)
     g.add_argument("--voc-test", action="store_true",
                    help="predict VOC's test split and write the server's archive")
@@ -49,20 +56,29 @@ def parse():
     return args
 
 
+def find_photos(name):
+    """A folder, a file or a pattern -> the paths of its images."""
+    if Path(name).is_file():
+        return [Path(name)]
+    pattern = os.path.join(glob.escape(name), "*") if Path(name).is_dir() else name
+    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))]
+    found = [path for path in paths if path.suffix in IMAGE_ENDINGS]
+    if not found:
+        raise FileNotFoundError(f"{name}: no image there ({', '.join(IMAGE_ENDINGS[:3])}); --images takes "
+                                "folders, files and patterns")
+    return found
+
+
 class Photos:
     """Somebody's own images, by file name without ending; as much of Folder as prediction needs."""
 
-    def __init__(self, root):
+    def __init__(self, names):
         self.paths = {}
-        if not root.is_dir():
-            raise FileNotFoundError(f"{root} is not a folder: --images is a folder of images")
-        for path in sorted(path for path in root.iterdir() if path.suffix in IMAGE_ENDINGS):
-            if path.stem in self.paths:
-                raise ValueError(f"{path} and {self.paths[path.stem].name} would both be written to "
-                                 f"{path.stem}.png: rename one")
-            self.paths[path.stem] = path
-        if not self.paths:
-            raise FileNotFoundError(f"{root} holds no image ({', '.join(IMAGE_ENDINGS[:3])})")
+        for path in (path for name in names for path in find_photos(name)):
+            if self.paths.setdefault(path.stem, path) != path:
+                raise ValueError(f"{path} and {self.paths[path.stem]} would both be written to "
+                                 f"{path.stem}.png: rename one, or give each an --out")
+        self.folder = Path(os.path.commonpath([path.resolve().parent for path in self.paths.values()]))
 
     def image_path(self, id):
         return self.paths[id]
@@ -76,6 +92,9 @@ def finish(id, image, probability, path, args, classes, where, device="cpu"):
     if args.crf:
         probability = crf.dense_crf(image, probability, args.preset, device=device)
     mask = np.uint8(probability.argmax(0))
+    if args.save_prob:
+        with files.atomic(where / f"{id}.npy") as beside, open(beside, "wb") as file:
+            np.save(file, probability.astype(np.float16), allow_pickle=False)
     if args.images:
         jpeg = io.BytesIO()                                   # PIL's JPEG writer does not notice a full disk
         draw_overlay(image, mask, classes).save(jpeg, format="JPEG", quality=92)
@@ -122,10 +141,11 @@ def write_archive(path, where, folder, ids):
 def main():
     args = parse()
     run = processes.Run(args)
-    where = args.out / "pred" / (args.images.resolve().name if args.images else args.split)
-    if args.images and args.images.resolve() == where.resolve():
-        raise ValueError(f"{args.images} is where predictions are written: move the images to another folder")
     folder = Photos(args.images) if args.images else folders.Folder(args.data)
+    source = folder.folder if args.images else args.data.resolve()
+    where = args.out / "pred" / (source.name or "images" if args.images else args.split)
+    if source == where.resolve():
+        raise ValueError(f"{source} is where predictions are written: move the images to another folder")
     ids = list(folder.paths)[:args.limit or None] if args.images else folder.ids(args.split, args.limit)
     if args.voc_test and (folder.classes != folders.VOC_CLASSES or len(ids) != VOC_TEST):
         raise ValueError(f"--voc-test: {args.data} has {len(folder.classes)} classes and {len(ids)} images "
@@ -134,10 +154,10 @@ def main():
     classes = checkpoints.load(seg, "seg", folder.classes if args.voc_test else None)["classes"]
     guard.claim(where)
     args.inputs = {"network": files.fingerprint(seg)}
-    source = (args.images or args.data).resolve().name
-    checkpoints.open_folder(where, args, run, FREE, classes=classes, data=source)
+    checkpoints.open_folder(where, args, run, FREE, classes=classes, data=source.name)
 
-    todo = [id for id in run.shard(ids) if not (where / f"{id}.png").exists()]
+    endings = ("png", "npy")[:1 + args.save_prob]
+    todo = [id for id in run.shard(ids) if not all((where / f"{id}.{ending}").exists() for ending in endings)]
     model = networks.load_segmenter(seg, run, args.clip)
     pool = args.workers if args.crf and run.device.type == "cpu" else 0  # a GPU does the CRF itself
     predicted = networks.predict(model, folder, todo, run, args, 0 if pool else args.workers)
@@ -145,7 +165,9 @@ def main():
     for _ in run.progress(processes.pooled(finish, tasks, pool, where), "predictions", len(todo)):
         pass
     run.barrier()
-    message = f"{where}: {len(ids)} predictions"
+    files_made = "<name>.png label maps" + (", <name>.jpg overlays" if args.images else "")
+    files_made += ", <name>.npy probabilities" if args.save_prob else ""
+    message = f"{where}: {len(ids)} predictions, {files_made}"
     if args.voc_test and run.main:
         archive = args.out / "comp6_test.tgz"
         write_archive(archive, where, folder, ids)

@@ -33,7 +33,7 @@ def world(tmp_path):
 
 
 def run(out, photos, *more):
-    return call("predict.py", "--out", out, "--images", photos, *FAST, *more)
+    return call("predict.py", "--out", out, *FAST, "--images", photos, *more)
 
 
 def test_a_folder_of_photographs(world):
@@ -58,6 +58,23 @@ def test_a_folder_of_photographs(world):
     refused(run(out, photos, "--no-flip"), "pred/mine was made with --flip True (now False)")
 
 
+def test_files_patterns_and_probabilities(world):
+    """Into one folder, named after the one that holds them all; what lacks probabilities is made again."""
+    model, out, photos = world
+    (photos / "more").mkdir()
+    noise(photos / "more/b.jpg", (30, 20))
+    assert run(out, photos / "tall.jpg").returncode == 0
+    done = run(out, photos / "t*.jpg", photos / "more", "--save-prob")
+    where = out / "pred/mine"
+    assert done.returncode == 0, done.stderr
+    assert f"{where}: 2 predictions, <name>.png label maps, <name>.jpg overlays, <name>.npy " in done.stdout
+    assert {path.stem for path in where.glob("*.png")} == {"tall", "b"}
+    image = images.load_float(photos / "tall.jpg")
+    found, want = np.load(where / "tall.npy"), mean_probability(model, image, [image.shape[1:]])
+    assert found.dtype == np.float16 and np.abs(found - want.numpy()).max() < 1e-3
+    assert np.array_equal(found.argmax(0), masks.load_mask(where / "tall.png", 3))
+
+
 def test_large_photographs_are_predicted_small(world, tmp_path):
     """At --max-side; the mask is written at the photograph's own size."""
     y, x = np.mgrid[:605, :803] / 803
@@ -73,10 +90,11 @@ def test_wrong_folders_are_one_line(world, tmp_path):
     _, out, photos = world
     noise(photos / "tall.png", (9, 9))
     refused(run(out, photos), "tall.png", "tall.jpg would both be written to tall.png: rename one")
-    refused(run(out, tmp_path / "none"), "none is not a folder")
+    refused(run(out, tmp_path / "none"), "none: no image there (.jpg, .jpeg, .png)")
     (tmp_path / "empty").mkdir()
-    refused(run(out, tmp_path / "empty"), "empty holds no image")
+    refused(run(out, tmp_path / "empty"), "empty: no image there")
     (out / "pred/mine").mkdir(parents=True)
+    noise(out / "pred/mine/x.jpg", (9, 9))
     refused(run(out, out / "pred/mine"), "is where predictions are written")
 
 
