@@ -7,7 +7,8 @@ from pathlib import Path
 
 PRECISIONS = ("auto", "bf16", "fp16", "off")
 # Two runs that differ only in these give the same numbers: where and how fast, not what.
-NOT_THE_RECIPE = ("data", "out", "workers", "device", "deterministic", "resume", "save_every", "log_every")
+NOT_THE_RECIPE = ("data", "out", "workers", "device", "deterministic", "resume", "save_every", "log_every",
+                  "tensorboard")
 
 
 class Manual(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,6 +48,8 @@ def parser(doc, split="train_aug", batch_size=1, data=True):
 def training(p, log_every=20):
     """The machine's flags of a training loop."""
     p.add_argument("--log-every", type=positive, default=log_every, help="steps between two lines of the log")
+    p.add_argument("--tensorboard", action="store_true",
+                   help="what the log holds also for TensorBoard, in <out>/tensorboard, if it is installed")
     p.add_argument("--save-every", type=positive, default=500, help="steps between two states to resume from")
 
 

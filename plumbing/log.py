@@ -2,6 +2,7 @@
 
 Resumed, the file reads as if the run had never been interrupted.
 """
+import atexit
 import contextlib
 import json
 import math
@@ -24,9 +25,11 @@ class Log:
     which Ctrl-C or SIGTERM saved the state stays; the next line's means start there."""
 
     def __init__(self, path, args, run, step=0, **facts):
-        self.path, self.run, self.start = Path(path), run, time.time()
+        self.path, self.run, self.start, self.board = Path(path), run, time.time(), None
         if not run.main:
             return
+        if args.tensorboard:
+            self.board = open_board(self.path.parent / "tensorboard" / self.path.stem, step)
         kept = []
         if step and self.path.exists():
             kept = [row for row in read_log(self.path)[1] if row["step"] <= step]
@@ -44,11 +47,24 @@ class Log:
         for name, value in values.items():
             number = isinstance(value, (float, torch.Tensor))
             row[name] = float(f"{float(value):.6g}") if number else value
+            if self.board and isinstance(row[name], (int, float)):
+                self.board.add_scalar(name, row[name], step)
         try:
             with open(self.path, "a") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:                              # a write does not say which file
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+
+def open_board(folder, step):
+    """TensorBoard's writer; what it holds of steps after `step`, from which a run goes on, is hidden."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard: TensorBoard is not installed: pip install tensorboard") from None
+    board = SummaryWriter(folder, purge_step=step + 1)
+    atexit.register(board.close)  # whatever ends the run, the last values are kept
+    return board
 
 
 class Meter:

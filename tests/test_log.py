@@ -1,6 +1,7 @@
 """The log of a stage, the means in its lines, and losses that are not finite."""
 import json
 import re
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -31,6 +32,26 @@ def test_resumed_it_reads_as_if_never_interrupted(tmp_path):
     assert found == rows(path)
     log.Log(path, args, run)                                                    # from the start: a new log
     assert rows(path) == []
+
+
+def test_tensorboard_holds_what_the_log_holds(tmp_path, monkeypatch):
+    """Of a resumed run, too: what was written after its state is hidden."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    args, path = arguments(tmp_path, tensorboard=True), tmp_path / "x.jsonl"
+    for first, last in ((0, 3), (2, 4)):
+        write = log.Log(path, args, Run(args), first)
+        for step in range(first + 1, last + 1):
+            write(step, loss=torch.tensor(step / 4 + first), note="fine", epoch=0)
+        write.board.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard/x")).Reload()
+    found = [(event.step, round(event.value, 4)) for event in events.Scalars("loss")]
+    assert found == [(row["step"], row["loss"]) for row in rows(path)]
+    assert found == [(1, 0.25), (2, 0.5), (3, 2.75), (4, 3)]
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    with pytest.raises(ValueError, match="TensorBoard is not installed: pip install tensorboard"):
+        log.Log(path, args, Run(args))
 
 
 @pytest.mark.parametrize("content", ["", '{"step": 1, "seconds": 2}\n', "\xff\n"])

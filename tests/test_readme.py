@@ -23,7 +23,7 @@ from wsss import clip_model
 COMMAND = re.compile(r"([A-Z0-9]+=\S+ )*(python|torchrun|bash) ")
 OTHERS = ("pip install ", "git clone ", "cd ")                # what a block may hold besides
 DOCS = {path.relative_to(ROOT).as_posix(): path.read_text()
-        for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")]}
+        for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]}
 TEXT = DOCS["README.md"]
 HISTORY = ("docs/results.md", "docs/benchmarks.md")           # their text names what older versions had, too
 SCRIPTS = {}                                                  # module -> its manual page
