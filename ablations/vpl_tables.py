@@ -35,7 +35,7 @@ SOFT, LABELS, PATCH = ["--harden", "0"], ["--label-mask"], ["--features", "patch
 ROWS = {"vision": [], "soft": SOFT, "labels": LABELS, "patch": PATCH, "literal": [*SOFT, *LABELS, *PATCH],
         "modify gap": ["--modify-gap"]}
 STEPS = 300
-SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .3, .4, .5, .6, .7], "steps": [10, 30, 100, 300, 1000],
+SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .4, .6, .7, .8, .9, .95, .98], "steps": [10, 30, 100, 300, 1000],
           "prompt": ["single", "ensemble", "templates"]}     # tau: tau_I / tau_T
 
 
@@ -94,7 +94,8 @@ def fill_sweeps(pair):
     """Each value with the text maps at its temperature beside it. All learn in one folder, by --no-resume:
     a setting that does not change the pixels' features takes those that are there."""
     found = {}
-    for name, value in ((name, value) for name, values in SWEEPS.items() for value in values):
+    rows = ((name, value) for name, values in SWEEPS.items() for value in values)
+    for name, value in ((name, value) for name, value in rows if f"{name} {value}" not in pair.rows):
         setting = {"tau": RATIO, "phi": .4, "steps": STEPS, "prompt": "single", name: value}
         at = {"ratio": setting["tau"], "prompt": setting["prompt"]}
         if (key := tuple(setting.values())) not in found:
@@ -152,7 +153,7 @@ def main_table(done, clips):
 
 def sweep_table(done, clips):
     lines = []
-    for name in done[0].rows:
+    for name in (f"{name} {value}" for name, values in SWEEPS.items() for value in values):
         vision, text = ({at: np.array([pair.rows[name][source][at] for pair in done])
                          for at in ("@0.4", "@0.5")} for source in ("vision", "text"))
         less = [pairs.interval(vision[at] - text[at]) for at in vision]
@@ -189,14 +190,15 @@ def phase2_table(done, clips):
 def main():
     args = parse()
     clips = args.clips
-    fill, table, last = {"main": (fill_main, main_table, "modify gap"),
-                         "sweeps": (fill_sweeps, sweep_table, "prompt templates"),
-                         "phase2": (fill_phase2, phase2_table, "decoder + RSC .1")}[args.table]
+    swept = {f"{name} {value}" for name, values in SWEEPS.items() for value in values}
+    fill, table, wanted = {"main": (fill_main, main_table, set(ROWS)),
+                           "sweeps": (fill_sweeps, sweep_table, swept),
+                           "phase2": (fill_phase2, phase2_table, {"decoder + RSC .1"})}[args.table]
     args.out = (args.out / args.table).resolve()
     recipe = pairs.recipe()
     drawn = [pairs.Pair(args.out, n, args.first_draw + n // len(clips), 0, recipe, clips[n % len(clips)])
              for n in range(args.pairs * len(clips))]
-    pairs.study(args, "ablations.vpl_tables", drawn, lambda pair: last in pair.rows, fill,
+    pairs.study(args, "ablations.vpl_tables", drawn, lambda pair: wanted <= pair.rows.keys(), fill,
                 lambda done: table(done, clips), mark=f"ablations.vpl_tables {args.table}")
 
 

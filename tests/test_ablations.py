@@ -29,11 +29,11 @@ def world(tmp_path_factory, tiny_clip):
     torch.manual_seed(0)
     S = ToyCNN(len(CLASSES))
     S.load_imagenet(torch.load(ROOT / "weights/toy_backbone.pt", weights_only=True)["model"])
-    prompts = clip_model.BackgroundPrompts(clip_model.load_clip(tiny_clip), len(CLASSES), 4)
-    found = {"clip": str(tiny_clip), "inputs": {"clip": files.fingerprint(tiny_clip)}}
+    clip = clip_model.load_clip(tiny_clip)
+    prompts = clip_model.BackgroundPrompts(clip, len(CLASSES), 4)
     for stage, model in (("cls", S), ("prompts", prompts)):
         checkpoints.save(root / f"{stage}.pt", stage=stage, model=model.state_dict(), classes=CLASSES,
-                         args=found)
+                         args={"inputs": {}}, clip=clip.fingerprint())
     return root
 
 
