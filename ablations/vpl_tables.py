@@ -35,7 +35,8 @@ SOFT, LABELS, PATCH = ["--harden", "0"], ["--label-mask"], ["--features", "patch
 ROWS = {"vision": [], "soft": SOFT, "labels": LABELS, "patch": PATCH, "literal": [*SOFT, *LABELS, *PATCH],
         "modify gap": ["--modify-gap"]}
 STEPS = 300
-SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .4, .6, .7, .8, .9, .95, .98], "steps": [10, 30, 100, 300, 1000],
+SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .4, .6, .7, .8, .9, .95, .98],
+          "steps": [10, 30, 100, 300, 1000],
           "prompt": ["single", "ensemble", "templates"]}     # tau: tau_I / tau_T
 
 
