@@ -18,6 +18,7 @@ from PIL import Image
 from test_run import module_of, parse, shell  # noqa: F401 (a fixture)
 
 from plumbing import folders, masks
+from tests.rigs import notebook
 from wsss import clip_model
 
 COMMAND = re.compile(r"([A-Z0-9]+=\S+ )*(python|torchrun|bash) ")
@@ -110,7 +111,7 @@ def test_run_scripts_in_the_docs_run(shell, tmp_path, monkeypatch):  # noqa: F81
 
 # ---------------------------------------------------------------- for real
 
-def test_the_toy_run(shell, tmp_path):  # noqa: F811
+def test_the_toy_run(shell, tmp_path, monkeypatch):  # noqa: F811
     """`bash run_voc.sh` without a VOC, on few images: run_toy.sh's lines in their order, in this process."""
     world, out = tmp_path / "toy", tmp_path / "out"
     done, lines = shell("run_voc.sh", LOOK=1, DATA=world, OUT=out)
@@ -123,6 +124,15 @@ def test_the_toy_run(shell, tmp_path):  # noqa: F811
     made = {path.relative_to(out).as_posix() for path in out.rglob("*")}
     assert made >= {"refine.pt", "seg.pt", "report.html", "eval_pseudo_train.json", "sheets/cam_refine_0.png",
                     "vpl/prototypes.pt", "vpl/eval_cam_vision_train.json", "vpl/eval_seg_val.json"}
+    monkeypatch.setenv("DATA", str(world))
+    monkeypatch.setenv("OUT", str(out))
+    cells = json.loads((ROOT / "docs/walkthrough.ipynb").read_text())["cells"]
+    stored = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    notebook.run_cells(cells)
+    made = [cell["outputs"] for cell in cells if cell["cell_type"] == "code"]
+    kinds = [[list(each.get("data", ["text"])) for each in outputs] for outputs in made]
+    assert kinds == [[list(each.get("data", ["text"])) for each in outputs] for outputs in stored]
+    assert sum("image/png" in data for outputs in kinds for data in outputs) == 6
     for folder, ending, count in (("cam_refine", "npy", 24), ("pseudo", "png", 24), ("pred/val", "png", 8)):
         assert len(list((out / folder).glob(f"*.{ending}"))) == count
 
