@@ -114,15 +114,16 @@ def segmentation_transform(crop, low, high):
     label."""
     from torchvision import tv_tensors
     from torchvision.transforms import v2
-
-    def scale(image, mask):
-        factor = torch.empty(()).uniform_(low, high).item()
-        size = [max(1, round(n * factor)) for n in image.shape[1:]]
-        return v2.functional.resize(image, size, antialias=True), v2.functional.resize(mask, size)
-
     fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}
-    return v2.Compose([scale, v2.RandomCrop(crop, pad_if_needed=True, fill=fill), v2.RandomHorizontalFlip(),
-                       v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
+    return v2.Compose([partial(resize_both, low, high), v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
+                       v2.RandomHorizontalFlip(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
+
+
+def resize_both(low, high, image, mask):
+    from torchvision.transforms import v2
+    factor = torch.empty(()).uniform_(low, high).item()
+    size = [max(1, round(n * factor)) for n in image.shape[1:]]
+    return v2.functional.resize(image, size, antialias=True), v2.functional.resize(mask, size)
 
 
 def mask_paths(folder, ids):
@@ -132,7 +133,11 @@ def mask_paths(folder, ids):
         raise FileNotFoundError(f"{folder / missing[0]}.png is missing, {len(missing)} of {len(ids)} masks "
                                 "are: run make_pseudo.py on this --split, or give a --label-dir that has "
                                 "them")
-    return lambda id: folder / f"{id}.png"
+    return partial(mask_path, folder)
+
+
+def mask_path(folder, id):
+    return folder / f"{id}.png"
 
 
 # ---------------------------------------------------------------- training samples

@@ -1,4 +1,5 @@
 """Training samples: noise from the image and the epoch alone, crops of large JPEGs, shares of a batch."""
+import pickle
 from types import SimpleNamespace
 
 import numpy as np
@@ -179,6 +180,19 @@ def test_all_images_once_in_batches_of_one_size(voc):
         assert all(torch.equal(image, folder.image(f"a_{n + 1}")) for n, image in zip(numbers, batch))
     loader = sampling.by_size(folder, folder.ids("train"), 2, loader_run, max_side=20)
     assert [tuple(batch.shape[2:]) for _, batch in loader] == [(15, 20), (15, 20), (17, 20)]
+
+
+def test_loaders_work_where_processes_are_spawned(voc):
+    """As on macOS: what a loader's process needs can be pickled, and draws the same."""
+    folder, ids = folders.Folder(voc), ["a_1", "a_2"]
+    masks_of = sampling.mask_paths(voc / "SegmentationClass", ids)
+    for dataset in (sampling.Samples(folder, ids, sampling.train_transform(16, 0.5, True, 1.0)),
+                    sampling.Samples(folder, ids, sampling.segmentation_transform(16, 1, 2), masks=masks_of),
+                    sampling.WholeImages(folder, ids, 20)):
+        sent = pickle.loads(pickle.dumps([dataset, dataset.collate]))[0]
+        key = 1 if isinstance(dataset, sampling.WholeImages) else (2, 1)
+        for one, other in zip(dataset[key], sent[key], strict=True):
+            assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
 def test_images_larger_than_cocos_go_one_by_one(voc, monkeypatch):
