@@ -116,7 +116,8 @@ def segmentation_transform(crop, low, high):
     from torchvision.transforms import v2
     fill = {tv_tensors.Image: (124, 116, 104), tv_tensors.Mask: IGNORE}
     return v2.Compose([partial(resize_both, low, high), v2.RandomCrop(crop, pad_if_needed=True, fill=fill),
-                       v2.RandomHorizontalFlip(), v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
+                       v2.RandomHorizontalFlip(),
+                       v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)])
 
 
 def resize_both(low, high, image, mask):
