@@ -1,13 +1,17 @@
 """The benchmarks: what is timed side by side computes the same, and what is timed are the stages' own loops.
 """
 import copy
+import json
+import os
+import shutil
+import subprocess
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CLASSES
+from conftest import CLASSES, ROOT, call, refused
 
-from bench import inputs, maps, scale, steps, tables
+from bench import gpu, inputs, maps, scale, steps, tables
 from plumbing import checkpoints, networks
 from wsss import clip_model, generator, texts
 
@@ -62,6 +66,40 @@ def test_maps_by_autograd_and_one_by_one_are_ours():
     for batch in (1, 2):
         found = maps.in_batches(S, images, k, [1.0, 1.2], batch)
         torch.testing.assert_close(found, wanted, atol=1e-3, rtol=0)
+
+
+def test_all_of_a_device_in_one_table(tmp_path, monkeypatch, capsys):
+    """On tiny networks; interrupted, it goes on with what is left, and every part is in the table."""
+    out = ["--device", "cpu", "--out", tmp_path, "--parts-only"]
+    assert call("bench.gpu", *out, "--minutes", "1e-9").returncode == 0
+    parts = gpu.parts(gpu.Bench("cpu"))
+    assert not (tmp_path / "gpu.json").exists() and len(parts) > 10
+    monkeypatch.setattr(gpu, "matrix_peak", lambda bench: {"tflops": 0.5})
+    assert call("bench.gpu", *out).returncode == 0
+    first = (tmp_path / "gpu.json").read_text()
+    text = call("bench.gpu", *out).stdout                     # nothing is measured again
+    assert (tmp_path / "gpu.json").read_text() == first
+    assert all(f"| {name} |" in text for name in parts)
+    row = next(line for line in text.splitlines() if line.startswith("| (a) off |")).split(" | ")
+    found = json.loads(first)["(a) off"]
+    rate = found["gflop"] / 1e3 / found["seconds"]
+    assert float(row[1]) == pytest.approx(1e3 * found["seconds"], rel=0.01)
+    assert float(row[4]) == pytest.approx(rate, rel=0.01)
+    assert float(row[5].split()[0]) == pytest.approx(200 * rate, abs=0.06)
+    hours = next(line for line in text.splitlines() if line.startswith("| (a), 60 epochs |")).split(" | ")
+    assert float(hours[1]) == pytest.approx(60 * 10582 * found["seconds"] / 4 / 3600
+                                            * (0.15 + 0.85 * 1.55 / 1.5), rel=0.01)
+
+
+def test_the_gpu_script_says_what_it_lacks(tmp_path):
+    """A bare python; --pack is for where there is a connection."""
+    (tmp_path / "bench").mkdir()
+    shutil.copy(ROOT / "bench/gpu.sh", tmp_path / "bench")
+    (tmp_path / "python3").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "python3").chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "bench/gpu.sh"], capture_output=True, text=True,
+                          env={**os.environ, "PYTHON": str(tmp_path / "python3")})
+    refused(done, "gpu.sh: this python lacks clip", "bash bench/gpu.sh --pack")
 
 
 def test_what_is_timed_are_the_steps_and_images_of_the_stages(tiny_clip, tmp_path, monkeypatch):
