@@ -25,7 +25,7 @@ VOTE="--power 1"
 SEG="--model deeplab_toy --train-batchnorm --crop 97 --min-scale 0.75 --max-scale 1.25 --batch-size 8
     --iterations 240 --lr 1e-4"
 PREDICT="--scales 1 --batch-size 32 --no-crf"
-ENLARGED="--scales 1.5 --batch-size 32 --no-crf"
+ENLARGED="--scales 1.25 1.5 1.75 --batch-size 32 --no-crf"
 LOCALISE="--no-affinity --prompt single"
 PROTOTYPES="--tau-i 0.175 --steps 300"
 DECODER="--model clip_decoder --lambda-rsc 0.1 --optimizer adamw --lr 2e-3 --width 64 --crop 96

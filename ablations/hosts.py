@@ -24,6 +24,7 @@ from plumbing import guard
 
 ROWS = {"cnn": ["cnn", "cnn + SemPLeS"], "clims": ["CLIMS", "CLIMS, longer", "CLIMS + SemPLeS"],
         "segments": ["text, segments", "cnn, segments", "cnn + SemPLeS, segments"]}
+USES = "IMAGES SHARED CLS MATCH PROMPT REFINE THRESHOLD MASKS SEGMENTS VOTE SEG PREDICT LOCALISE"
 AGAINST = {"cnn + SemPLeS": "cnn", "CLIMS, longer": "CLIMS", "CLIMS + SemPLeS": "CLIMS, longer",
            "cnn + SemPLeS, segments": "cnn, segments"}
 
@@ -43,7 +44,7 @@ def parse():
 
 
 def recipe():
-    return {**pairs.recipe(), "CLIMS_CAM": CLIMS_CAM, "CLIMS": CLIMS}
+    return {**pairs.recipe(USES), "CLIMS_CAM": CLIMS_CAM, "CLIMS": CLIMS}
 
 
 # ---------------------------------------------------------------- hosts: each yields row, folder, source

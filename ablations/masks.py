@@ -19,6 +19,7 @@ from plumbing import guard
 
 SPLIT = {"maps": "train", "masks": "train", "masks, weaktr": "train", "masks, irn": "train",
          "net on maps": "val", "net on masks": "val", "net on truth": "val"}
+USES = "IMAGES SHARED CLS MATCH PROMPT REFINE THRESHOLD MASKS SEG PREDICT"             # lines of run_toy.sh
 AGAINST = {"masks": "maps", "masks, weaktr": "maps", "masks, irn": "maps",
            "net on masks": "net on maps", "net on truth": "net on masks"}
 
@@ -55,7 +56,7 @@ def table(done):
 
 def main():
     args = parse()
-    drawn = pairs.by_draw(args, pairs.recipe())
+    drawn = pairs.by_draw(args, pairs.recipe(USES))
     pairs.study(args, "ablations.masks", drawn, lambda pair: set(SPLIT) <= set(pair.rows), fill, table)
 
 

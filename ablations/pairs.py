@@ -20,10 +20,10 @@ from plumbing import files, flags
 # ---------------------------------------------------------------- the stages and their recipe
 
 
-def recipe():
-    """The flags in run_toy.sh, its lines NAME="--flag ..." -> {NAME: list of str}"""
+def recipe(names):
+    """The flags in run_toy.sh, its lines NAME="--flag ...", those that a study uses -> {NAME: list of str}"""
     found = re.findall(r'^([A-Z]+)="(-[^"]*)"', (files.ROOT / "run_toy.sh").read_text(), re.M)
-    return {name: shlex.split(text) for name, text in found}
+    return {name: shlex.split(text) for name, text in found if name in names.split()}
 
 
 def stage(script, *values):
@@ -45,7 +45,8 @@ class Pair:
     def read(self):
         """The rows in <out>/pair_<n>.json, which must be of this draw and recipe."""
         content = files.read_json(self.path) if self.path.exists() else {**self.facts(), "rows": {}}
-        if any(content[name] != value for name, value in self.facts().items()):
+        used = {name: content["recipe"].get(name) for name in self.recipe}
+        if any({**content, "recipe": used}[name] != value for name, value in self.facts().items()):
             raise ValueError(f"{self.path} was made with another draw or another recipe of run_toy.sh: "
                              "take another --out")
         self.rows = content["rows"]

@@ -28,6 +28,7 @@ from plumbing.maps import load_cam, resize_maps
 from toy import drawings
 
 TABLE5 = ["cls", "match", "random", "text", "image", "full"]
+USES = "IMAGES SHARED CLS MATCH PROMPT REFINE THRESHOLD"      # lines of run_toy.sh
 GRID = np.linspace(0, 1, 201)                                 # thresholds
 
 
@@ -129,7 +130,7 @@ def table(done, rows):
 def main():
     args = parse()
     rows = ["cls", "match", *(name for name in args.rows if name not in ("cls", "match"))]
-    drawn = pairs.by_draw(args, pairs.recipe())
+    drawn = pairs.by_draw(args, pairs.recipe(USES))
     pairs.study(args, "ablations.table5", drawn, lambda pair: set(rows) <= set(pair.rows),
                 lambda pair: fill(pair, rows), lambda done: table(done, rows))
 

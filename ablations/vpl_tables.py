@@ -35,6 +35,7 @@ SOFT, LABELS, PATCH = ["--harden", "0"], ["--label-mask"], ["--features", "patch
 ROWS = {"vision": [], "soft": SOFT, "labels": LABELS, "patch": PATCH, "literal": [*SOFT, *LABELS, *PATCH],
         "modify gap": ["--modify-gap"]}
 STEPS = 300
+USES = {"main": "IMAGES SHARED", "sweeps": "IMAGES SHARED", "phase2": "IMAGES SHARED DECODER ENLARGED"}
 SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .4, .6, .7, .8, .9, .95, .98],
           "steps": [10, 30, 100, 300, 1000],
           "prompt": ["single", "ensemble", "templates"]}     # tau: tau_I / tau_T
@@ -196,7 +197,7 @@ def main():
                            "sweeps": (fill_sweeps, sweep_table, swept),
                            "phase2": (fill_phase2, phase2_table, {"decoder + RSC .1"})}[args.table]
     args.out = (args.out / args.table).resolve()
-    recipe = pairs.recipe()
+    recipe = pairs.recipe(USES[args.table])
     drawn = [pairs.Pair(args.out, n, args.first_draw + n // len(clips), 0, recipe, clips[n % len(clips)])
              for n in range(args.pairs * len(clips))]
     pairs.study(args, "ablations.vpl_tables", drawn, lambda pair: wanted <= pair.rows.keys(), fill,

@@ -173,8 +173,11 @@ def test_the_commands_of_a_table(study, flags, tmp_path, monkeypatch, capsys):
         assert starts == {**dict.fromkeys(rest, "cls.pt"), "from_match": "match.pt", "again": "match.pt"}
         without = {args.out.name for script, args in commands if script == "train_prompt.py"}
         assert without == starts.keys() - {"random", "joint", "again"}
-        with pytest.raises(ValueError, match="another draw or another recipe"):
-            pairs.Pair(tmp_path, 0, 7, 0, pairs.recipe())
+        recipe = pairs.recipe(table5.USES)
+        assert "MATCH" in recipe and "DECODER" not in recipe  # what a study does not use may change
+        for draw, change in ((7, {}), (301, {"MATCH": ["--epochs", "9"]})):
+            with pytest.raises(ValueError, match="another draw or another recipe"):
+                pairs.Pair(tmp_path, 0, draw, 0, {**recipe, **change})
     start()                                                   # nothing is left to run: the table
     lines = capsys.readouterr().out.splitlines()
     assert len({line.count(" | ") for line in lines if "---" not in line}) == 1 and len(lines) > 7
