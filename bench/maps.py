@@ -115,9 +115,12 @@ def clip_table(args):
         check_equal(ways, ["network", "block"], ways["here"]())
         times = tables.take_turns(ways, args.runs, args.device)
         ratios = [("network", "here"), ("block", "here"), ("here", "forward")]
-        rows.append([P, *(f"{statistics.median(times[name]):.3g}" for name in ("network", "block", "here")),
+        count = {name: tables.gflop(way) for name, way in ways.items()}
+        rows.append([P, *(f"{count[name]:,.0f}" for name in ways),
+                     *(f"{statistics.median(times[name]):.3g}" for name in ("network", "block", "here")),
                      *(f"{tables.ratio(times[a], times[b]):.2f}" for a, b in ratios)])
-    return tables.markdown(["classes", "network, s", "block, s", "here, s", "network / here", "block / here",
+    return tables.markdown(["classes", "network, GFLOP", "block", "here", "forward", "network, s", "block, s",
+                            "here, s", "network / here", "block / here",
                             "here / forward"], rows)
 
 

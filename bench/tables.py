@@ -16,6 +16,7 @@ from pathlib import Path
 from unittest import mock
 
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from plumbing import files, flags
@@ -77,9 +78,14 @@ def ratio(others, mine):
 
 def gflop(function):
     """Floating-point operations in 10^9. A multiplication and an addition are two; elementwise ones are not
-    counted."""
-    with FlopCounterMode(display=False) as counter:
-        function()
+    counted. Fused attention, inside of which torch does not count, is taken apart."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+            function()
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
     return counter.get_total_flops() / 1e9
 
 
