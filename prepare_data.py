@@ -332,14 +332,14 @@ def paint_objects(shape, objects):
 
 
 def write_coco(job):
-    link(job.source, job.image)
     if not job.mask:
-        return
+        return link(job.source, job.image)
     try:
         mask = paint_objects(job.shape, [(label, decode(s, job.shape)) for label, s in job.objects])
     except Exception as error:                                # pycocotools raises bare Exception
         raise ValueError(f"{job.source.name}: its segmentation cannot be decoded "
                          f"({files.first_line(error)}): take its annotations from a whole file") from None
+    link(job.source, job.image)
     save_mask(job.mask, mask)
 
 

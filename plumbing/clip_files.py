@@ -28,7 +28,7 @@ def locate(name):
     """A file, a folder, or a model's name on the Hugging Face hub -> its weights, and the description beside
     them or None."""
     place = Path(name)
-    if not place.exists() and re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    if not place.exists() and is_hub_name(name):
         place = Path(weights.from_hub(name))
     if place.is_dir():
         found = [place / file for file in FOLDER if (place / file).exists()]
@@ -37,6 +37,12 @@ def locate(name):
         place = found[0]
     beside = [place.parent / FOLDER[place.name]] if place.name in FOLDER else []
     return place, next((files.read_json(path) for path in beside if path.exists()), None)
+
+
+def is_hub_name(name):
+    """owner/name; a file that is missing and a misspelt name of OpenAI's are none."""
+    return (re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not Path(name).parent.is_dir()
+            and not name.startswith(("ViT-", "RN")) and not name.endswith((".pt", ".pth", ".bin")))
 
 
 def read(path, config, published, gelu=None):
