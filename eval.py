@@ -30,7 +30,7 @@ import torch
 from plumbing import checkpoints, files, flags, folders, guard, networks, processes, scores
 from plumbing.images import image_size
 from plumbing.maps import load_cam, resize_maps
-from plumbing.masks import enlarge, load_mask, save_mask
+from plumbing.masks import load_mask, resize_mask, save_mask
 from wsss import crf, metrics
 
 # Of a network's predictions, what does not change them.
@@ -138,7 +138,7 @@ def finish(id, image, probability, size, args, where, device="cpu"):
     """(H, W, 3) uint8, probabilities (1 + C, H, W) -> (id, label map of the size); written with --save."""
     if args.crf:
         probability = crf.dense_crf(image, probability, args.preset, device=device)
-    mask = enlarge(np.uint8(probability.argmax(0)), size)
+    mask = resize_mask(np.uint8(probability.argmax(0)), size)
     if args.save:
         save_mask(where / f"{id}.png", mask)
     return id, mask

@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw
 
 from plumbing import checkpoints, files, flags, folders, guard, networks, processes
 from plumbing.images import IMAGE_ENDINGS, image_size, load_float
-from plumbing.masks import IGNORE, enlarge, load_mask, palette, save_mask
+from plumbing.masks import IGNORE, load_mask, palette, resize_mask, save_mask
 from wsss import crf
 
 # What does not change a prediction.
@@ -87,6 +87,16 @@ class Photos:
         return load_float(self.paths[id], max_side)
 
 
+def keep_names(path, paths, resume):
+    """Which image each prediction is of: two of one name, of two calls, are not taken for each other."""
+    known = files.read_json(path) if path.exists() and resume else {}
+    for id, image in paths.items():
+        if known.get(id, image) != image:
+            raise ValueError(f"{path.parent / id}.png is of {known[id]}, not of {image}: rename one, or give "
+                             "another --out")
+    files.save_json(path, {**known, **paths})
+
+
 def finish(id, image, probability, path, args, classes, where, device="cpu"):
     """An image as it was predicted (H, W, 3) uint8, probabilities (1 + C, H, W) -> its label map, written."""
     if args.crf:
@@ -100,7 +110,7 @@ def finish(id, image, probability, path, args, classes, where, device="cpu"):
         draw_overlay(image, mask, classes).save(jpeg, format="JPEG", quality=92)
         with files.atomic(where / f"{id}.jpg") as beside:
             beside.write_bytes(jpeg.getvalue())
-    mask = enlarge(mask, image_size(path))
+    mask = resize_mask(mask, image_size(path))
     save_mask(where / f"{id}.png", mask)                      # last: it marks the image as finished
     return mask
 
@@ -156,6 +166,10 @@ def main():
     args.inputs = {"network": files.fingerprint(seg)}
     checkpoints.open_folder(where, args, run, FREE, classes=classes, data=source.name)
 
+    if args.images and run.main:
+        paths = {id: str(path.resolve()) for id, path in folder.paths.items()}
+        keep_names(where / "photos.json", paths, args.resume)
+    run.barrier()
     endings = ("png", "npy")[:1 + args.save_prob]
     todo = [id for id in run.shard(ids) if not all((where / f"{id}.{ending}").exists() for ending in endings)]
     model = networks.load_segmenter(seg, run, args.clip)

@@ -16,9 +16,9 @@ coco    Reads annotations/instances_{train,val}2014.json, train2014/, val2014/ (
         the images with at least one annotation (82,081 and 40,137), and SegmentationClass/README.txt, the
         painting rule: large areas first, small ones on top; category ids 1..90 become 1..80.
         --json: a file as CVAT, Label Studio or Roboflow export it, of any ids and names. Categories without
-        an annotation and images without one are left out. An image whose objects all have segmentations gets
-        a mask. Lists: where all have one, every fifth image is val; where some have, those are val; else all
-        are train.
+        an annotation and images without one are left out. Where all objects have outlines, every image has a
+        mask and every fifth is val; where only those of some images have, these are val, at most a fifth of
+        all images; where none has, all are train.
 check   Reads all lists, images, masks and labels, and writes nothing. Each finding is one line: lists, ids,
         missing or unreadable files, sizes, label values, 90-id COCO masks. Without ImageSets/ the one
         list, train, is that of labels.txt. A split may lack all masks or all labels, but not only some.
@@ -30,6 +30,7 @@ An interrupted command goes on where it was. No file of yours is replaced.
 """
 import argparse
 import json
+import math
 import os
 import sys
 from collections import defaultdict, namedtuple
@@ -79,7 +80,7 @@ def parse():
     source = c.add_mutually_exclusive_group(required=True)
     source.add_argument("--coco", type=Path, help="holds annotations/, train2014/, val2014/")
     source.add_argument("--json", type=Path, help="one file in COCO's format, of any classes")
-    c.add_argument("--images", type=Path, help="the folder of its images")
+    c.add_argument("--images", type=Path, default=Path(), help="the folder of its images")
     c.add_argument("--out", type=Path, required=True, help="the data folder to make")
     c.add_argument("--crowd", choices=list(CROWDS), default="include",
                    help="crowd regions: painted, 255 beneath all objects, or left out")
@@ -260,8 +261,8 @@ def read_own(args):
         raise ValueError(f"{args.json} is not in COCO's format ({reason}): export it as COCO, with "
                          "categories, images and annotations") from None
     names = [known[id] for id in sorted(known)]
-    if twice := [name for name in names if not name or names.count(name) > 1]:
-        raise ValueError(f"{args.json}: the name {twice[0]!r} is of two categories or empty: rename one")
+    if odd := [name for name in names if not name or names.count(name) > 1 or name == "background"]:
+        raise ValueError(f"{args.json}: the name {odd[0]!r} is of two categories or no class: rename it")
     if not images:
         raise ValueError(f"{args.json} annotates no image: were the annotations exported?")
     jobs = []
@@ -272,10 +273,13 @@ def read_own(args):
                              "the --images that were annotated; it may be turned by its EXIF")
         job = make_job(args, path, shape, objects[image["id"]])
         jobs.append(job if all(s for _, s in job.objects) else job._replace(mask=None))
-    masked = [job for job in jobs if job.mask]
-    val = masked[::5] if len(masked) == len(jobs) else masked
+    masked, most = [job for job in jobs if job.mask], len(jobs) // 5
+    val = masked[::max(1, math.ceil(len(masked) / max(1, most)))] if len(jobs) > 1 else []
     kept = {job.image for job in val}
-    splits = {"train": [job for job in jobs if job.image not in kept], "val": val}
+    train = [job for job in jobs if job.image not in kept]
+    if len(masked) < len(jobs):                               # a list has all masks or none
+        train = [job._replace(mask=None) for job in train]
+    splits = {"train": train, "val": val}
     print(f"{len(names)} classes, {len(jobs):,} images with an annotation, "
           f"{len(content['images']) - len(jobs):,} without are left out; {len(masked):,} have segmentations; "
           f"train {len(splits['train']):,}, val {len(val):,}")
@@ -284,17 +288,22 @@ def read_own(args):
 
 def find_images(args, names):
     """The files that a COCO file names: by their path in --images, or by their name wherever it is there."""
-    if args.images is None or not args.images.is_dir():
+    if not args.images.is_dir():
         raise FileNotFoundError(f"{args.images} is not a folder: --images is the folder of the images that "
                                 f"{args.json} names")
-    there = {path.name: path for path in sorted(args.images.rglob("[!.]*")) if path.is_file()}
+    there = defaultdict(list)
+    for path in sorted(args.images.rglob("[!.]*")):
+        there[path.name] += [path] if path.is_file() else []
     found, ids = [], {}
     for name in (name.replace("\\", "/") for name in names):
-        path = args.images / name if (args.images / name).is_file() else there.get(Path(name).name)
-        if path is None:
-            lost = sum(Path(other.replace("\\", "/")).name not in there for other in names)
+        places = [args.images / name] if (args.images / name).is_file() else there[Path(name).name]
+        if len(places) > 1:
+            raise ValueError(f"{args.json}: {name} may be {places[0]} or {places[1]}: rename one")
+        if not places:
+            lost = sum(not there[Path(other.replace("\\", "/")).name] for other in names)
             raise FileNotFoundError(f"{args.images} holds no {name}, {lost} of {len(names)} images that "
                                     f"{args.json} names are missing: give the --images they are in")
+        path = places[0]
         if path.suffix not in IMAGE_ENDINGS:
             raise ValueError(f"{path}: images end in {', '.join(IMAGE_ENDINGS[:3])}: convert it and export "
                              "again")
@@ -345,7 +354,9 @@ def write_coco(job):
 
 def prepare_coco(args):
     masks = args.out / MASKS[0]
-    sources = args.json.name if args.json else "instances_{train,val}2014.json"
+    sources = "instances_{train,val}2014.json"
+    if args.json and args.json.is_file():                     # another export makes other masks
+        sources = f"{args.json.name} (SHA-256 {files.fingerprint(args.json)})"
     rule = RULE.format(sources, *CROWDS[args.crowd])
     readme = masks / "README.txt"
     painted = readme.exists() or files_by_id(masks, ".png")
@@ -373,7 +384,7 @@ def prepare_coco(args):
     write_new(args.out / "classes.txt", "".join(f"{name}\n" for name in classes))
     print(f"{len(jobs) - len(todo):,} masks are in {masks} already and stay as they are")
     run_all(write_coco, todo, "coco", args.workers, masks)
-    lines = ["\t".join([job.image.stem, *(classes[k] for k in job.present)]) for job in jobs]
+    lines = ["\t".join([job.image.stem, *(classes[k] for k in job.present), ""]) for job in jobs]
     write_new(args.out / "labels.txt", "".join(f"{line}\n" for line in lines))
     for split, members in splits.items():
         write_list(args.out / LISTS / f"{split}.txt", [job.image.stem for job in members])

@@ -44,7 +44,10 @@ find_python
 if "$PYTHON" -W ignore -c "$imports" 2>/dev/null; then
     echo "setup.sh: using $(command -v "$PYTHON"), which has what is needed" >&2
 else
-    cmp -s requirements.txt .venv/complete || make_venv
+    if [ "${NODE:-0}" = 0 ]; then
+        cmp -s requirements.txt .venv/complete || make_venv
+    fi
+    until cmp -s requirements.txt .venv/complete; do sleep 2; done                # the first machine makes it
     PYTHON=$PWD/.venv/bin/python
     echo "setup.sh: using .venv" >&2
 fi
@@ -62,7 +65,7 @@ launch() {
     if [ "$spread" ] && [ "${NODES:-1}" != 1 ]; then
         run+=(--nnodes "$NODES" --node_rank "$NODE" --rdzv_backend c10d --rdzv_id "$stages"
             --rdzv_endpoint "${HEAD%:*}:$((${HEAD##*:} + stages))"
-            --rdzv_conf "is_host=$((NODE == 0)),join_timeout=3600")
+            --rdzv_conf "is_host=$((NODE == 0)),join_timeout=3600,read_timeout=3600")
     elif [ "$spread" ] && [ "${GPUS:-1}" != 1 ]; then
         run+=(--standalone)
     elif [ "${NODE:-0}" = 0 ]; then

@@ -73,6 +73,7 @@ def parse():
     g.add_argument("--crop", type=flags.positive, help="side of the random crop, for DeepLab best a multiple "
                    "of its stride plus 1, for Segmenter of its patch, and its window at test; "
                    f"{of_paper('crop')}")
+    flags.max_side(g)
     g.add_argument("--min-scale", type=flags.above_zero, default=0.5,
                    help="before the crop, an image is resized by a random factor from this ...")
     g.add_argument("--max-scale", type=flags.above_zero, help=f"... to this; {of_paper('max_scale')}")
@@ -162,7 +163,8 @@ def main():
         W = network.prototypes[:C]                                                    # (C, D)
 
     augment = samples.segmentation_transform(args.crop, args.min_scale, args.max_scale)
-    loader = samples.loader(samples.Samples(folder, ids, augment, args.seed, masks_of), run, args)
+    dataset = samples.Samples(folder, ids, augment, args.seed, masks_of, args.max_side)
+    loader = samples.loader(dataset, run, args)
     groups, decay = network.groups(args.lr), args.weight_decay
     if args.optimizer == "adamw":
         optimizer = torch.optim.AdamW(groups, weight_decay=decay)

@@ -8,12 +8,14 @@ weights and images, which lie on the device. What <out>/gpu.json holds is not me
     python -m bench.gpu --device cuda --write
     python -m bench.gpu --device cpu --out runs/bench_cpu --minutes 2
 """
+import math
 import os
 import re
 import statistics
 import subprocess
 import sys
 import time
+import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,6 +186,11 @@ def parts(bench):
 
 # ---------------------------------------------------------------- measuring
 
+def finished(of):
+    """What failed is tried again by the next call."""
+    return of is not None and "error" not in of and not of.get("code")
+
+
 def measure(bench, make, *args):
     """-> seconds, images, peak GB (of a GPU), GFLOP"""
     if bench.device.type == "cuda":
@@ -234,6 +241,8 @@ def toy_run(device, out):
 def part_table(found, peak):
     rows = []
     for name, of in found.items():
+        if "error" in of:
+            rows.append([name, of["error"], "", "", "", ""])
         if "images" not in of:
             continue
         rate = of["gflop"] / 1e3 / of["seconds"] if of["gflop"] else None
@@ -258,13 +267,13 @@ def hours_table(found, bench):
             ("(b), 60 stored epochs", f"(b), stored {amp}", 60, 0),
             ("S's maps", f"S's maps, {many} a batch, {amp}", 1, 0),
             ("CLIP's maps", f"CLIP's maps, {many} a batch, {amp}", 1, 0), ("CRF masks", "CRF", 1, 0)):
-        hours = [epochs * data.images * seconds[part] / 3600 * (1 - per_pair + per_pair * data.pairs / here)
-                 for data in (VOC, COCO)]
+        hours = [epochs * data.images * seconds.get(part, math.nan) / 3600
+                 * (1 - per_pair + per_pair * data.pairs / here) for data in (VOC, COCO)]
         rows.append([name, *(f"{each:.3g}" for each in hours)])
     for name, part, count in (("VPL's 3,000 steps", f"VPL, a step over {bench.of.pixels:,} pixels", 3000),
                               ("DeepLab, 20,000 and 100,000 steps", f"DeepLab {amp}", 20_000),
                               ("VPL's decoder, 30,000 steps", f"decoder {amp}", 30_000)):
-        voc = count * found[part]["seconds"] / 3600
+        voc = count * found[part].get("seconds", math.nan) / 3600
         rows.append([name, f"{voc:.3g}", f"{voc * (5 if part.startswith('DeepLab') else 1):.3g}"])
     return tables.markdown(["hours, extrapolated", "VOC", "COCO"], rows)
 
@@ -283,11 +292,13 @@ def show(found, bench, write):
 def parse():
     p = tables.parser(__doc__)
     p.add_argument("--device", default="cuda")
-    p.add_argument("--out", type=Path, default=files.ROOT / "runs/bench_gpu")
+    p.add_argument("--out", type=Path, help="where figures are kept (default: runs/bench_cuda, _cpu)")
     p.add_argument("--minutes", type=flags.above_zero, default=9,
                    help="no part is begun after this time: the next call goes on")
     p.add_argument("--parts-only", action="store_true", help="without the tests and the toy run")
-    return p.parse_args()
+    args = p.parse_args()
+    args.out = args.out or files.ROOT / f"runs/bench_{torch.device(args.device).type}"
+    return args
 
 
 def main():
@@ -295,18 +306,25 @@ def main():
     start, bench = time.time(), Bench(args.device)
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "gpu.json"
-    found = files.read_json(path) if path.exists() else {}
+    found = files.read_json(path) if path.exists() else {"machine": {"name": tables.machine(bench.device)}}
+    if found["machine"]["name"] != tables.machine(bench.device):
+        sys.exit(f"{path} holds figures of {found['machine']['name']}: give another --out")
     pytest = [sys.executable, "-m", "pytest", "-q", "tests/test_device.py"]
     todo = {} if args.parts_only else {
         "tests": lambda: run_command(pytest, TEST_DEVICE=args.device),
         "toy run": lambda: toy_run(args.device, args.out.resolve())}
     todo["matrix peak"] = lambda: matrix_peak(bench)
     todo |= {name: lambda part=part: measure(bench, *part) for name, part in parts(bench).items()}
-    for name in [name for name in todo if name not in found]:
+    left = [name for name in todo if not finished(found.get(name))]
+    for n, name in enumerate(left):
         if time.time() - start > 60 * args.minutes:
-            return print(f"{path}: {len(todo) - len(found)} parts are left: run the same command again")
+            return print(f"{path}: {len(left) - n} parts are left: run the same command again")
         print(f"{time.time() - start:5.0f} s  {name}", file=sys.stderr, flush=True)
-        found[name] = todo[name]()
+        try:
+            found[name] = todo[name]()
+        except Exception as error:                            # no compiler, no memory: the others go on
+            traceback.print_exc()
+            found[name] = {"error": f"{type(error).__name__}: {files.first_line(error)}"}
         files.save_json(path, found)
     show(found, bench, args.write)
 

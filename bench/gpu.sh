@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
-lacking="ftfy wcwidth tqdm pytest pluggy iniconfig pygments packaging setuptools<81"
+lacking="ftfy wcwidth tqdm pytest exceptiongroup tomli pluggy iniconfig pygments packaging setuptools<81"
 
 if [ "${1:-}" = --pack ]; then
     "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir wheels openai-clip $lacking

@@ -1,8 +1,8 @@
-"""CLIPs from files, OpenAI's, transformers' and open_clip's -> a state dict with OpenAI's names, and which
-GELU it was trained with.
+"""CLIPs from files, OpenAI's, transformers' and open_clip's -> a state dict with OpenAI's names, which GELU
+it was trained with, and the mean and std of its pixels.
 
-    path, config = clip_files.locate("openai/clip-vit-base-patch32")    # or a folder, or a file
-    state, gelu, kind, notes = clip_files.read(path, config, published)
+    path = clip_files.locate("openai/clip-vit-base-patch32")            # or a folder, or a file
+    state, gelu, statistics, kind, notes = clip_files.read(path, published)
 """
 import re
 import zipfile
@@ -25,8 +25,7 @@ RENAMED = {  # transformers' names, in this order -> OpenAI's
 
 
 def locate(name):
-    """A file, a folder, or a model's name on the Hugging Face hub -> its weights, and the description beside
-    them or None."""
+    """A file, a folder, or a model's name on the Hugging Face hub -> the file of its weights"""
     place = Path(name)
     if not place.exists() and is_hub_name(name):
         place = Path(weights.from_hub(name))
@@ -35,8 +34,7 @@ def locate(name):
         if not found:
             raise FileNotFoundError(f"CLIP {place}: the folder holds none of {', '.join(FOLDER)}")
         place = found[0]
-    beside = [place.parent / FOLDER[place.name]] if place.name in FOLDER else []
-    return place, next((files.read_json(path) for path in beside if path.exists()), None)
+    return place
 
 
 def is_hub_name(name):
@@ -45,9 +43,14 @@ def is_hub_name(name):
             and not name.startswith(("ViT-", "RN")) and not name.endswith((".pt", ".pth", ".bin")))
 
 
-def read(path, config, published, gelu=None):
-    """-> state, gelu ("quick" or "plain"), what it is, notes of what was left out. `gelu`, where it is given,
-    is believed.
+def read_beside(path, name):
+    """What a JSON file beside the weights says; nothing where there is none."""
+    return files.read_json(path.parent / name) if (path.parent / name).exists() else {}
+
+
+def read(path, published, gelu=None):
+    """-> state, gelu ("quick" or "plain"), (mean, std) or None for OpenAI's, what it is, what was left out.
+    `gelu`, where it is given, is believed.
 
     OpenAI's archives are TorchScript, a program that torch.jit.load may run: only those whose SHA-256 is a
     key of `published` are opened."""
@@ -61,19 +64,24 @@ def read(path, config, published, gelu=None):
     else:
         content, kind = weights.read(path), "a state dict"
     state, notes = weights.state_of(content, path)
-    described = None
+    described = pixels = None
     if "vision_model.embeddings.class_embedding" in state:
         kind, state = "transformers'", weights.fit(path, rename_transformers, state)
-        described = describe_transformers(config, path)
-    elif config is not None:
-        kind, described = "open_clip's", describe_open_clip(config, path)
-    elif kind == "a state dict" and "state_dict" in content and gelu is None:
-        raise ValueError(f"{path}: a checkpoint of open_clip's kind, which does not say which GELU it was "
-                         "trained with: give --clip-gelu plain (open_clip's default) or quick")
+        described = describe_transformers(read_beside(path, "config.json"), path)
+        pixels = read_beside(path, "preprocessor_config.json")
+        pixels = pixels.get("image_mean"), pixels.get("image_std")
+    elif FOLDER.get(path.name) == "open_clip_config.json" or "state_dict" in content:
+        kind, config = "open_clip's", read_beside(path, "open_clip_config.json")
+        described = describe_open_clip(config, path)
+        pixels = config.get("preprocess_cfg", {})
+        pixels = pixels.get("mean"), pixels.get("std")
+    if kind in ("transformers'", "open_clip's") and not (gelu or described):
+        raise ValueError(f"{path}: {kind} weights without their config do not say which GELU they were "
+                         "trained with: give --clip-gelu plain (open_clip's default) or quick (OpenAI's)")
     assumed = ", assumed: --clip-gelu" if kind == "a state dict" and gelu is None else ""
     gelu = gelu or described or "quick"
     kind += f", {'QuickGELU' if gelu == 'quick' else 'plain GELU'}{assumed}"
-    return state, gelu, kind, notes
+    return state, gelu, pixels if pixels and all(pixels) else None, kind, notes
 
 
 def is_script(path):
@@ -104,7 +112,7 @@ def rename_transformers(state):
 
 def describe_transformers(config, path):
     """Its GELU, of both towers; None where there is no config.json."""
-    if config is None:
+    if not config:
         return None
     towers = [config.get(name) or {} for name in ("vision_config", "text_config")]
     for tower, width, heads in zip(towers, (768, 512), (12, 8)):     # what is left out of a config.json
@@ -120,8 +128,12 @@ def describe_transformers(config, path):
 # ---------------------------------------------------------------- open_clip
 
 def describe_open_clip(config, path):
+    if not config:
+        return None
     model = config.get("model_cfg", config)
-    vision = model.get("vision_cfg", {})
+    vision, text = model.get("vision_cfg", {}), model.get("text_cfg", {})
+    if "heads" in text:
+        check_heads(text["width"], text["heads"], path)
     if "layers" in vision and not isinstance(vision["layers"], list):                 # a list: a ResNet
         check_heads(vision["width"], vision["width"] // vision.get("head_width", 64), path)
     return "quick" if model.get("quick_gelu") else "plain"

@@ -84,10 +84,15 @@ def to_float(image):
     return to_tensor(image).float() / 255
 
 
+def load_within(path, max_side=0):
+    """Any image file -> PIL RGB, its longer side at most `max_side`; 0: as it is."""
+    size = image_size(path)
+    if not max_side or max(size) <= max_side:
+        return load_image(path)
+    height, width = (max(1, round(n * max_side / max(size))) for n in size)
+    return load_image(path, (2 * height, 2 * width)).resize((width, height), Image.BICUBIC)
+
+
 def load_float(path, max_side=0):
-    """Any image file -> (3, H, W) float32 in [0, 1], its longer side at most `max_side`; 0: as it is."""
-    if not max_side:
-        return to_float(load_image(path))
-    image = load_image(path, (2 * max_side, 2 * max_side))
-    image.thumbnail((max_side, max_side), Image.BICUBIC, reducing_gap=None)
-    return to_float(image)
+    """The same -> (3, H, W) float32 in [0, 1]"""
+    return to_float(load_within(path, max_side))

@@ -66,7 +66,7 @@ def save_mask(path, mask):
         paint(mask).save(beside, format="PNG")
 
 
-def enlarge(mask, size):
+def resize_mask(mask, size):
     """A label map at the size (H, W)."""
     return mask if mask.shape == size else np.array(Image.fromarray(mask).resize(size[::-1], Image.NEAREST))
 

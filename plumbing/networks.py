@@ -24,6 +24,8 @@ def load_clip(name, run, vit=False, gelu=None):
     folder -> FrozenClip. `gelu`: --clip-gelu.
 
     With `vit`, a CLIP whose image encoder is a ResNet is refused: GradCAM and the decoder read patches."""
+    if name in openais() and gelu:
+        raise ValueError(f"--clip {name} is OpenAI's, whose GELU is known: leave --clip-gelu out")
     clip = run.in_turn(lambda: open_openais(name) if name in openais() else open_clip_file(str(name), gelu))
     if vit and not hasattr(clip.model.visual, "transformer"):
         kind = type(clip.model.visual).__name__
@@ -33,12 +35,12 @@ def load_clip(name, run, vit=False, gelu=None):
 
 
 def open_clip_file(name, gelu):
-    path, config = clip_files.locate(name)
+    path = clip_files.locate(name)
     if not path.exists():
         raise FileNotFoundError(f"CLIP {name}: no such file, and not one of {', '.join(openais())}")
     published = {address.split("/")[-2]: model for model, address in openais().items()}
-    state, gelu, kind, notes = clip_files.read(path, config, published, gelu)
-    clip = weights.fit(path, lambda state: clip_model.clip_from_state(state, gelu), state)
+    state, gelu, pixels, kind, notes = clip_files.read(path, published, gelu)
+    clip = weights.fit(path, lambda state: clip_model.clip_from_state(state, gelu, pixels), state)
     visual = clip.model.visual
     shape = type(visual).__name__
     if hasattr(visual, "transformer"):

@@ -120,12 +120,12 @@ class Run:
         return self.sum(mine.detach().clone()) + self.world * (mine - mine.detach())
 
     def in_turn(self, make):
-        """make() in the first process of a machine first: it may download what the others then find."""
-        first = os.environ.get("LOCAL_RANK", "0") == "0"
-        if not first:
-            self.barrier()
-        made = make()
-        if first:
+        """make() on rank 0 first, then in the first process of each other machine, then in all others: it may
+        download what the next then find."""
+        mine = 0 if self.main else 1 if os.environ.get("LOCAL_RANK", "0") == "0" else 2
+        for turn in range(3):
+            if turn == mine:
+                made = make()
             self.barrier()
         return made
 

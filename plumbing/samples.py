@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from plumbing import guard
 from plumbing.augment import rand_augment
-from plumbing.images import decode, image_size, load_image, opened, shown_size, to_tensor
-from plumbing.masks import IGNORE, load_mask
+from plumbing.images import decode, image_size, load_within, opened, shown_size, to_tensor
+from plumbing.masks import IGNORE, load_mask, resize_mask
 
 # ---------------------------------------------------------------- whole images
 
@@ -150,11 +150,11 @@ class Samples(Dataset):
 
     The hash of whole numbers is the same in every 64-bit CPython, whatever PYTHONHASHSEED."""
 
-    def __init__(self, folder, ids, transform, seed=0, masks=None):
+    def __init__(self, folder, ids, transform, seed=0, masks=None, max_side=0):
         """`transform` takes the path of an image. For segmentation `masks` gives the path of an id's label
-        map, and `transform` takes image and mask together."""
+        map, and `transform` takes image and mask together, at most `max_side` long."""
         self.folder, self.ids, self.transform = folder, ids, transform
-        self.seed, self.masks = seed, masks
+        self.seed, self.masks, self.max_side = seed, masks, max_side
         self.labels = folder.labels(ids) if masks is None else None
 
     def __len__(self):
@@ -169,17 +169,18 @@ class Samples(Dataset):
             torch.default_generator.manual_seed(hash((self.seed, epoch, i)) & 0x7FFFFFFFFFFFFFFF)
             if self.masks is None:
                 return self.transform(path), self.labels[i], i
-            image = tv_tensors.Image(to_tensor(load_image(path)))
-            image, mask = self.transform(image, tv_tensors.Mask(self.mask(i, image)))
+            image = tv_tensors.Image(to_tensor(load_within(path, self.max_side)))
+            image, mask = self.transform(image, tv_tensors.Mask(self.mask(i, image_size(path), image)))
         return image.as_subclass(torch.Tensor), mask.as_subclass(torch.Tensor).long(), i
 
-    def mask(self, i, image):
+    def mask(self, i, size, image):
+        """The label map of an image of `size`, as large as it is seen."""
         path = self.masks(self.ids[i])
         mask = load_mask(path, len(self.folder.classes))
-        if mask.shape != tuple(image.shape[1:]):
-            raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image "
-                             f"{image.shape[2]}x{image.shape[1]}: make the mask again")
-        return torch.from_numpy(mask)
+        if mask.shape != size:
+            raise ValueError(f"{path} is {mask.shape[1]}x{mask.shape[0]}, its image {size[1]}x{size[0]}: "
+                             "make the mask again")
+        return torch.from_numpy(resize_mask(mask, tuple(image.shape[1:])))
 
     def collate(self, samples):
         """A batch. A rank whose share of a small batch is empty gets an empty one, or, for segmentation

@@ -198,7 +198,7 @@ def from_hub(name):
         from huggingface_hub import snapshot_download  # comes with transformers
         folder = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
         if not list(folder.glob("*.safetensors")):
-            folder = Path(snapshot_download(name, allow_patterns=["*.json", "pytorch_model*.bin"]))
+            folder = Path(snapshot_download(name, allow_patterns=["*.json", "*pytorch_model*.bin"]))
     except ImportError:
         raise ValueError(f"{name} is not a folder, and to download it huggingface_hub is missing: "
                          "pip install transformers") from None

@@ -79,6 +79,16 @@ def test_all_of_a_device_in_one_table(tmp_path, monkeypatch, capsys):
     first = (tmp_path / "gpu.json").read_text()
     text = call("bench.gpu", *out).stdout                     # nothing is measured again
     assert (tmp_path / "gpu.json").read_text() == first
+    part = json.loads(first)
+    del part["CRF"]
+    part["(c) off"] = {"error": "no memory"}                  # only these two are measured, and then told
+    (tmp_path / "gpu.json").write_text(json.dumps(part))
+    assert call("bench.gpu", *out).returncode == 0
+    again = json.loads((tmp_path / "gpu.json").read_text())
+    assert again.keys() == json.loads(first).keys() and "seconds" in again["(c) off"]
+    assert again["(a) off"] == json.loads(first)["(a) off"]
+    (tmp_path / "gpu.json").write_text(json.dumps({**part, "machine": {"name": "another GPU"}}))
+    assert call("bench.gpu", *out).returncode == 1
     assert all(f"| {name} |" in text for name in parts)
     row = next(line for line in text.splitlines() if line.startswith("| (a) off |")).split(" | ")
     found = json.loads(first)["(a) off"]

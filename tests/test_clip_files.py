@@ -67,8 +67,14 @@ def test_transformers_clips(tmp_path, monkeypatch, capsys, gelu):
     assert_close(features("openai/clip-vit-base-patch32"), wanted)
     assert_close(features(tmp_path / "model.safetensors"), wanted)
     # Alone under another name, as older files are: the GELU must be said.
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [0.5, 0.4, 0.3],
+                                                                   "image_std": [0.2, 0.3, 0.4]}))
+    clip = networks.load_clip(tmp_path, RUN)
+    assert clip.mean.flatten().tolist() == pytest.approx([0.5, 0.4, 0.3])
+    torch.testing.assert_close(clip.normalize(images())[0, 2], (images()[0, 2] - 0.3) / 0.4)
     (tmp_path / "alone").mkdir()
     alone = save(tmp_path / "alone/clip.bin", model.state_dict())
+    assert "--clip-gelu plain" in refusal(networks.load_clip, alone, RUN)
     assert_close(features(alone, gelu="quick" if gelu == "quick_gelu" else "plain"), wanted)
     wrong = features(alone, gelu="plain" if gelu == "quick_gelu" else "quick")
     assert (wrong[0] - wanted[0]).abs().max() > 1e-3                # the test can tell them apart
@@ -95,12 +101,21 @@ def test_open_clips(tmp_path, quick):
     assert_close(features(tmp_path), wanted)
     trained = {"epoch": 3, "name": "run", "state_dict": {f"module.{k}": v for k, v in
                                                          model.state_dict().items()}}
-    path = save(tmp_path / "epoch_3.pt", trained)
+    described["preprocess_cfg"] = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
+    clip = networks.load_clip(tmp_path, RUN)
+    torch.testing.assert_close(clip.normalize(images()), 2 * images() - 1)
+    (tmp_path / "alone").mkdir()
+    path = save(tmp_path / "alone/epoch_3.pt", trained)
     assert "--clip-gelu plain" in refusal(networks.load_clip, path, RUN)
     assert_close(features(path, gelu="quick" if quick else "plain"), wanted)
-    described["model_cfg"]["vision_cfg"]["head_width"] = 32
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(described))
-    assert "4 attention heads on 128 channels" in refusal(networks.load_clip, tmp_path, RUN)
+    for part, change, words in (("text_cfg", {"heads": 2}, "2 attention heads on 64 channels"),
+                                ("vision_cfg", {"head_width": 32}, "4 attention heads on 128 channels")):
+        wrong = {**described["model_cfg"], part: {**described["model_cfg"][part], **change}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": wrong}))
+        assert words in refusal(networks.load_clip, tmp_path, RUN)
+    (tmp_path / "open_clip_config.json").unlink()
+    assert "--clip-gelu plain" in refusal(networks.load_clip, tmp_path, RUN)
 
 
 def test_a_folder_without_weights_and_a_name_nobody_has(tmp_path, monkeypatch):
@@ -110,6 +125,7 @@ def test_a_folder_without_weights_and_a_name_nobody_has(tmp_path, monkeypatch):
     for name in ("ViT-B/33", "clips/none.pt", f"{tmp_path}/none"):
         with pytest.raises(FileNotFoundError, match=f"CLIP {name}: no such file, and not one of RN50"):
             networks.load_clip(name, RUN)
+    assert "leave --clip-gelu out" in refusal(lambda: networks.load_clip("ViT-B/32", RUN, gelu="plain"))
     save(tmp_path / "model.safetensors", {})
     assert "not a checkpoint of plain tensors" in refusal(networks.load_clip, tmp_path, RUN)
 
@@ -136,11 +152,11 @@ def test_openais_archives_are_opened_by_their_sha256_alone(tiny_clip, tmp_path):
     torch.jit.trace(model, torch.rand(1)).save(str(path))
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match="archive.pt: TorchScript, which may run code, .* none of OpenAI"):
-        clip_files.read(path, None, {digest[::-1]: "ViT-B/32"})
+        clip_files.read(path, {digest[::-1]: "ViT-B/32"})
     assumed = "a state dict, QuickGELU, assumed"
     for found, kind in ((path, "OpenAI's ViT-T/8, QuickGELU"), (tiny_clip, assumed)):
-        content, gelu, what, notes = clip_files.read(found, None, {digest: "ViT-T/8"})
-        assert what.startswith(kind) and notes == [] and gelu == "quick"
+        content, gelu, pixels, what, notes = clip_files.read(found, {digest: "ViT-T/8"})
+        assert what.startswith(kind) and notes == [] and gelu == "quick" and pixels is None
         assert content.keys() == state.keys() and torch.equal(content["visual.proj"], state["visual.proj"])
 
 

@@ -246,11 +246,11 @@ def test_clip_files(tiny_clip, tmp_path, capsys):
     half = {name: value.half() for name, value in state.items()}
     numbers = {"input_resolution": torch.tensor(16), "context_length": torch.tensor(77)}
     wrapped = {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in half.items()}}
-    for content, said in (({**half, **numbers}, ", assumed: --clip-gelu"), (wrapped, "")):
-        clip = networks.load_clip(save(path, content), RUN, vit=True, gelu=None if said else "quick")
+    for content, gelu, said in (({**half, **numbers}, None, "a state dict, QuickGELU, assumed: --clip-gelu"),
+                                (wrapped, "quick", "open_clip's, QuickGELU")):
+        clip = networks.load_clip(save(path, content), RUN, vit=True, gelu=gelu)
         assert same(clip.model.state_dict(), {name: value.float() for name, value in half.items()})
-        kind = f"CLIP, a state dict, QuickGELU{said}, ViT of 8 px patches, 16 px"
-        assert capsys.readouterr().out.startswith(f"{path}: {kind}")
+        assert capsys.readouterr().out.startswith(f"{path}: CLIP, {said}, ViT of 8 px patches, 16 px")
     less = {name: value for name, value in state.items() if name != "ln_final.bias"}
     for content, words in ((less, "ln_final.bias"), ({**state, "extra": torch.ones(1)}, "extra"),
                            ({**state, "visual.proj": torch.ones(64, 9)}, "visual.proj"),

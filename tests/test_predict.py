@@ -42,7 +42,7 @@ def test_a_folder_of_photographs(world):
     where = out / "pred/mine"
     assert done.returncode == 0 and f"{where}: 3 predictions" in done.stdout, done.stderr
     names = [f"{name}.{ending}" for name in ("a b", "tall", "turned") for ending in ("jpg", "png")]
-    assert sorted(path.name for path in where.iterdir()) == sorted([*names, "recipe.json"])
+    assert sorted(path.name for path in where.iterdir()) == sorted([*names, "photos.json", "recipe.json"])
     for name, size in (("tall.jpg", (30, 50)), ("turned.JPG", (36, 60)), ("a b.png", (44, 20))):
         stem = name.rpartition(".")[0]
         image = images.to_float(images.load_image(photos / name))
@@ -73,6 +73,8 @@ def test_files_patterns_and_probabilities(world):
     found, want = np.load(where / "tall.npy"), mean_probability(model, image, [image.shape[1:]])
     assert found.dtype == np.float16 and np.abs(found - want.numpy()).max() < 1e-3
     assert np.array_equal(found.argmax(0), masks.load_mask(where / "tall.png", 3))
+    noise(photos / "more/tall.jpg", (20, 20))                 # another image of that name is not taken for it
+    refused(run(out, photos / "more/tall.jpg", photos / "t*.JPG"), "tall.png is of ", "rename one")
 
 
 def test_large_photographs_are_predicted_small(world, tmp_path):

@@ -334,15 +334,20 @@ def test_one_file_of_any_ids_and_names(no_pycocotools, tmp_path):
     assert folder.truth("a one").tolist() == [row, *[[1, 2, 2, 0, 0, 0]] * 2, row]
     assert "no problems" in done("check", tmp_path / "out")
     assert "2 masks are in" in done(*command)                            # a second call finds them
+    text = (tmp_path / "mine.json").read_text().replace('"iscrowd": 0', '"iscrowd": 1')
+    (tmp_path / "mine.json").write_text(text)                            # corrected and exported again
+    refused(prepare(*command), "holds masks of another rule")
 
 
 def test_boxes_give_labels_and_the_images_with_segmentations_are_val(no_pycocotools, tmp_path):
     bare = {"bbox": [1, 1, 2, 2], "segmentation": []}
-    done(*own(tmp_path, [(10, 7, bare), (11, 4, SQUARE), (12, 4, SQUARE), (12, 7, bare)]))
+    outlined = [(12, 4, SQUARE), (13, 4, SQUARE), (14, 7, SQUARE)]        # three of six: at most a fifth, one
+    done(*own(tmp_path, [(10, 7, bare), (11, 4, SQUARE), (11, 7, bare), *outlined, (15, 7, bare)],
+              names=("a one.jpg", "b.png", "c.jpg", "d.jpg", "e.jpg", "f.jpg")))
     folder = Folder(tmp_path / "out")
-    assert (folder.ids("train"), folder.ids("val")) == (["a one", "c"], ["b"])
-    assert folder.labels(["a one", "b", "c"]).tolist() == [[0, 1], [1, 0], [1, 1]]
-    assert [folder.has_mask(id) for id in ("a one", "b", "c")] == [False, True, False]
+    assert (folder.ids("train"), folder.ids("val")) == (["a one", "b", "d", "e", "f"], ["c"])
+    assert folder.labels(["a one", "b", "c"]).tolist() == [[0, 1], [1, 1], [1, 0]]
+    assert [folder.has_mask(id) for id in ("a one", "b", "c", "d")] == [False, False, True, False]
     assert "no problems" in done("check", tmp_path / "out")
 
 
@@ -361,6 +366,9 @@ def test_boxes_alone_need_no_pycocotools(tmp_path, monkeypatch):
     (lambda r: own(r, [(10, 7, SQUARE), (10, 4, SQUARE)], categories=[{"id": 7, "name": "x"},
                                                                       {"id": 4, "name": "x "}]),
      "the name 'x' is of two categories"),
+    (lambda r: own(r, [(10, 7, SQUARE)], categories=[{"id": 7, "name": "background"}]), "'background' is"),
+    (lambda r: own(r, [(10, 7, SQUARE)], names=("a.jpg",)) and [(r / "photos/a.jpg").unlink()] + [
+        image(r / f"photos/{day}/a.jpg") for day in "12"], "a.jpg may be "),
     (lambda r: own(r, [(10, 7, SQUARE), (11, 7, SQUARE)], names=("a.jpg", "sub/a.png")),
      "would both be image a: rename one"),
     (lambda r: own(r, [(10, 7, SQUARE)], names=("a.gif",)), "a.gif: images end in .jpg"),

@@ -153,7 +153,8 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
             begin = words[:len(words) - len(alone[n - 1])]
             assert begin == torchrun[:4] + [
                 "--nnodes", "2", "--node_rank", str(node), "--rdzv_backend", "c10d", "--rdzv_id", str(n),
-                "--rdzv_endpoint", f"h:{29500 + n}", "--rdzv_conf", f"is_host={1 - node},join_timeout=3600"]
+                "--rdzv_endpoint", f"h:{29500 + n}", "--rdzv_conf",
+                f"is_host={1 - node},join_timeout=3600,read_timeout=3600"]
     for lost in ({"NODE": 1}, {"HEAD": "h:29500"}, {"NODE": 0, "HEAD": "h"}):
         done, lines = shell(script, NODES=2, **more, **lost)
         assert done.returncode == 1 and not lines and "NODES=2 needs NODE" in done.stderr.splitlines()[-1]

@@ -195,6 +195,15 @@ def test_loaders_work_where_processes_are_spawned(voc):
             assert torch.equal(torch.as_tensor(one), torch.as_tensor(other))
 
 
+def test_networks_train_on_what_they_are_tested_on(voc):
+    """At most --max-side long, the mask with the image."""
+    masks_of, transform = sampling.mask_paths(voc / "SegmentationClass", ["a_1"]), lambda *pair: pair
+    folder = folders.Folder(voc)
+    image, mask, _ = sampling.Samples(folder, ["a_1"], transform, masks=masks_of, max_side=20)[0, 0]
+    assert torch.equal(image.float() / 255, folder.image("a_1", 20)) and mask.shape == (15, 20)
+    assert torch.equal(mask, torch.from_numpy(masks.resize_mask(folder.truth("a_1"), (15, 20))).long())
+
+
 def test_images_larger_than_cocos_go_one_by_one(voc, monkeypatch):
     """Also where they become as large by --max-side."""
     folder, sizes = folders.Folder(voc), {"a_1": (3000, 4000), "a_2": (480, 640), "a_3": (3000, 4000),

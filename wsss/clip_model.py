@@ -31,15 +31,19 @@ def load_clip(name_or_path, device="cpu"):
     return clip_from_state(state).to(device)
 
 
-def clip_from_state(state, gelu="quick"):
-    """A state dict with OpenAI's names, in any precision -> FrozenClip. `gelu`: "quick", OpenAI's, or "plain"
-    """
+def clip_from_state(state, gelu="quick", pixels=None):
+    """A state dict with OpenAI's names, in any precision -> FrozenClip.
+
+    What others' CLIPs may have besides: a "plain" GELU, and `pixels`, mean and std of three channels each."""
     state = dict(state)
     model = openai().model.build_model(state).float()  # takes the three numbers of an archive out of state
     model.load_state_dict(state)  # again: build_model has rounded the weights to half
     for mlp in [module for module in model.modules() if gelu == "plain" and hasattr(module, "gelu")]:
         mlp.gelu = nn.GELU()
-    return FrozenClip(model)
+    clip = FrozenClip(model)
+    for buffer, values in zip((clip.mean, clip.std), pixels or ()):
+        buffer.copy_(torch.tensor(values).view(3, 1, 1))
+    return clip
 
 
 class FrozenClip(nn.Module):
@@ -62,7 +66,7 @@ class FrozenClip(nn.Module):
     def fingerprint(self):
         """Says which CLIP this is, whether it came by name or from a file."""
         digest = hashlib.sha256()
-        for weight in (self.model.visual.conv1.weight, self.model.text_projection):
+        for weight in (self.model.visual.conv1.weight, self.model.text_projection, self.mean, self.std):
             digest.update(weight.detach().float().cpu().contiguous().numpy().tobytes())
         digest.update(b"plain GELU" if any(isinstance(m, nn.GELU) for m in self.model.modules()) else b"")
         return digest.hexdigest()[:16]
