@@ -47,7 +47,14 @@ else
     if [ "${NODE:-0}" = 0 ]; then
         cmp -s requirements.txt .venv/complete || make_venv
     fi
-    until cmp -s requirements.txt .venv/complete; do sleep 2; done                # the first machine makes it
+    for ((waited = 0; waited < 3600; waited += 2)); do        # the first machine makes it
+        ! cmp -s requirements.txt .venv/complete || break
+        sleep 2
+    done
+    if ! cmp -s requirements.txt .venv/complete; then
+        echo "setup.sh: machine 0 has made no .venv here in an hour: make it first, bash run_tests.sh" >&2
+        exit 1
+    fi
     PYTHON=$PWD/.venv/bin/python
     echo "setup.sh: using .venv" >&2
 fi

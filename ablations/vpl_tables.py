@@ -39,6 +39,7 @@ USES = {"main": "IMAGES SHARED", "sweeps": "IMAGES SHARED", "phase2": "IMAGES SH
 SWEEPS = {"tau": [1, 3, 9, 15, 27], "phi": [.2, .4, .6, .7, .8, .9, .95, .98],
           "steps": [10, 30, 100, 300, 1000],
           "prompt": ["single", "ensemble", "templates"]}     # tau: tau_I / tau_T
+SWEPT = {f"{name} {value}": (name, value) for name, values in SWEEPS.items() for value in values}
 
 
 def parse():
@@ -96,8 +97,9 @@ def fill_sweeps(pair):
     """Each value with the text maps at its temperature beside it. All learn in one folder, by --no-resume:
     a setting that does not change the pixels' features takes those that are there."""
     found = {}
-    rows = ((name, value) for name, values in SWEEPS.items() for value in values)
-    for name, value in ((name, value) for name, value in rows if f"{name} {value}" not in pair.rows):
+    for row, (name, value) in SWEPT.items():
+        if row in pair.rows:
+            continue
         setting = {"tau": RATIO, "phi": .4, "steps": STEPS, "prompt": "single", name: value}
         at = {"ratio": setting["tau"], "prompt": setting["prompt"]}
         if (key := tuple(setting.values())) not in found:
@@ -108,7 +110,7 @@ def fill_sweeps(pair):
         texts = tuple(at.values())
         if texts not in found:
             found[texts] = score(pair, pair.root / "text", "text", **at, crf=False, more=["--no-resume"])
-        pair.rows[f"{name} {value}"] = {**found[key], "text": found[texts]}
+        pair.rows[row] = {**found[key], "text": found[texts]}
 
 
 def fill_phase2(pair):
@@ -155,7 +157,7 @@ def main_table(done, clips):
 
 def sweep_table(done, clips):
     lines = []
-    for name in (f"{name} {value}" for name, values in SWEEPS.items() for value in values):
+    for name in SWEPT:
         vision, text = ({at: np.array([pair.rows[name][source][at] for pair in done])
                          for at in ("@0.4", "@0.5")} for source in ("vision", "text"))
         less = [pairs.interval(vision[at] - text[at]) for at in vision]
@@ -192,9 +194,8 @@ def phase2_table(done, clips):
 def main():
     args = parse()
     clips = args.clips
-    swept = {f"{name} {value}" for name, values in SWEEPS.items() for value in values}
     fill, table, wanted = {"main": (fill_main, main_table, set(ROWS)),
-                           "sweeps": (fill_sweeps, sweep_table, swept),
+                           "sweeps": (fill_sweeps, sweep_table, SWEPT.keys()),
                            "phase2": (fill_phase2, phase2_table, {"decoder + RSC .1"})}[args.table]
     args.out = (args.out / args.table).resolve()
     recipe = pairs.recipe(USES[args.table])

@@ -2,8 +2,8 @@
 # Every figure of this repo on a GPU, in one command and within 9 minutes; called again, it goes on.
 #   bash bench/gpu.sh                   writes the table of docs/benchmarks.md
 #   bash bench/gpu.sh --device cpu      tiny networks, to see that all of it runs
-#   bash bench/gpu.sh --pack            where there is a connection: wheels/ of what the other machine may lack
-# The other machine needs python, torch, torchvision and scipy; clip comes from wheels/, the CRF runs in torch.
+#   bash bench/gpu.sh --pack            where there is a connection: wheels/ of what the other may lack
+# That machine needs python, torch, torchvision and scipy; clip comes from wheels/, the CRF runs in torch.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
@@ -12,8 +12,8 @@ lacking="ftfy wcwidth tqdm pytest exceptiongroup tomli pluggy iniconfig pygments
 if [ "${1:-}" = --pack ]; then
     "$PYTHON" -m pip wheel --quiet --no-deps --wheel-dir wheels openai-clip $lacking
     for version in 3.10 3.11 3.12 3.13; do                    # compiled: a wheel for each python
-        "$PYTHON" -m pip download --quiet --no-deps --only-binary :all: --python-version $version --dest wheels \
-            regex
+        "$PYTHON" -m pip download --quiet --no-deps --only-binary :all: --python-version $version \
+            --dest wheels regex
     done
     exec ls wheels
 fi
@@ -30,4 +30,5 @@ if ! "$PYTHON" -W ignore -c 'import clip, tqdm, pytest' 2>/dev/null; then
         --upgrade openai-clip regex $lacking
     export PYTHONPATH=$PWD/wheels/unpacked${PYTHONPATH:+:$PYTHONPATH}
 fi
-PATH="$(dirname "$(command -v "$PYTHON")"):$PATH" exec "$PYTHON" -W ignore -m bench.gpu --device $device $write "$@"
+export PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
+exec "$PYTHON" -W ignore -m bench.gpu --device $device $write "$@"

@@ -84,13 +84,20 @@ def to_float(image):
     return to_tensor(image).float() / 255
 
 
+def within(size, max_side):
+    """(H, W), smaller if its longer side is over `max_side`; 0: never"""
+    factor = min(1, max_side / max(size)) if max_side else 1
+    return tuple(max(1, round(n * factor)) for n in size)
+
+
 def load_within(path, max_side=0):
     """Any image file -> PIL RGB, its longer side at most `max_side`; 0: as it is."""
-    size = image_size(path)
-    if not max_side or max(size) <= max_side:
-        return load_image(path)
-    height, width = (max(1, round(n * max_side / max(size))) for n in size)
-    return load_image(path, (2 * height, 2 * width)).resize((width, height), Image.BICUBIC)
+    with opened(path) as file:
+        size = shown_size(file)
+        height, width = within(size, max_side)
+        if (height, width) == size:
+            return decode(file)
+        return decode(file, (2 * height, 2 * width)).resize((width, height), Image.BICUBIC)
 
 
 def load_float(path, max_side=0):

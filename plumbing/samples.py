@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from plumbing import guard
 from plumbing.augment import rand_augment
-from plumbing.images import decode, image_size, load_within, opened, shown_size, to_tensor
+from plumbing.images import decode, image_size, load_within, opened, shown_size, to_tensor, within
 from plumbing.masks import IGNORE, load_mask, resize_mask
 
 # ---------------------------------------------------------------- whole images
@@ -41,9 +41,7 @@ class WholeImages(Dataset):
         order = sorted(range(len(sizes)), key=lambda i: (sizes[i], i))
         for _, group in groupby(order, key=lambda i: sizes[i]):
             group = list(group)
-            height, width = sizes[group[0]]
-            shrunk = min(1, self.max_side / max(height, width)) if self.max_side else 1
-            count = batch_size if height * width * shrunk ** 2 <= LARGE else 1
+            count = batch_size if math.prod(within(sizes[group[0]], self.max_side)) <= LARGE else 1
             yield from (group[n:n + count] for n in range(0, len(group), count))
 
 

@@ -25,7 +25,7 @@ from plumbing import checkpoints, processes
 from plumbing.networks import TINY
 from wsss import clip_model, generator
 
-BOUNDS = {  # what docs/running.md states, over 50 steps; a run that exceeds them ends with 1
+BOUNDS = {  # over 50 steps; a run that exceeds them ends with 1
     "bf16": {"loss": 0.25, "mean": 0.05, "weights": 0.15},
     "fp16": {"loss": 0.03, "mean": 0.005, "weights": 0.015},
 }
