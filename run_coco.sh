@@ -2,16 +2,18 @@
 # The papers' recipes on COCO 2014, from the images to the score of a network on val. A second call
 # skips what is finished, an interrupted one goes on.
 #   COCO=/data/coco bash run_coco.sh                                  COCO as downloaded is prepared in DATA
-#   COCO=/data/coco METHOD=vpl GPUS=4 bash run_coco.sh --workers 16   what follows goes to every stage
+#   COCO=/data/coco METHOD=vpl GPUS=4 bash run_coco.sh --workers 16   flags that all scripts share
 #   COCO=/data/coco LOOK=1 bash run_coco.sh --limit 64                64 images, a few steps a stage, to try
 # METHOD  semples (default), vpl, clip_es
 # HOST    what SemPLeS improves (Table 4): weaktr, clims, or fma: weaktr's maps, masks by SAM's segments
 # NET     deeplab (default), segmenter (WeakTr's), mask2former (default for fma); VPL has its own
 #         deeplab_coco: starts from deeplab-pytorch's weights of COCO's masks, in DEEPLAB (another experiment)
-# OUT     results: runs/coco, coco_vpl, coco_clip_es, ..._look     DATA  data/coco     SEED, GPUS (torchrun)
+# OUT     results: runs/coco; coco_vpl, coco_clip_es, coco_clims, coco_fma; ..._look, ..._seed1. Another NET
+#         wants another OUT, or the masks of the first: docs/running.md
+# DATA    data/coco     SEED, GPUS (more than one: torchrun)
 # NODES, NODE, HEAD  several machines: docs/running.md
 # INIT    published WeakTr, SemPLeS or CLIMS generator to start from instead of training one
-# CLIP32, CLIP16  files to take for OpenAI's ViT-B/32 and ViT-B/16
+# CLIP32, CLIP16  what stands for OpenAI's ViT-B/32 and ViT-B/16: a file, a folder, a name on the hub
 # SAM, SWIN       names or folders of a SAM and of Mask2Former's Swin, as transformers has them
 # START=none      no ImageNet weights: what is otherwise downloaded
 
@@ -52,7 +54,7 @@ else
 fi
 # As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--mask-fill).
 amp=auto
-! command -v nvidia-smi >/dev/null || amp=fp16
+! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || amp=fp16
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp $amp) more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 

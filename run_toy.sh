@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on the embedded toy world, on a CPU, from nothing. A second call skips what is finished.
-#   bash run_toy.sh          data in data/toy, results in runs/toy; what follows goes to every stage
+#   bash run_toy.sh          data in data/toy, results in runs/toy; flags that all scripts share may follow
 #   SEED=1 bash run_toy.sh   another seed, in runs/toy_seed1
 #   LOOK=1 bash run_toy.sh   24 images, one epoch a stage, in data/toy_look and runs/toy_look: a check
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"

@@ -3,16 +3,18 @@
 # skips what is finished, an interrupted one goes on.
 #   bash run_voc.sh                                                   without VOC: says so, runs run_toy.sh
 #   VOC=/data/VOC2012 SBD=/data/benchmark_RELEASE bash run_voc.sh     SBD: makes SegmentationClassAug, once
-#   VOC=/data/VOC2012 METHOD=vpl GPUS=4 bash run_voc.sh --workers 16  what follows goes to every stage
+#   VOC=/data/VOC2012 METHOD=vpl GPUS=4 bash run_voc.sh --workers 16  flags that all scripts share
 #   VOC=/data/VOC2012 LOOK=1 bash run_voc.sh --limit 64               64 images, a few steps a stage, to try
 # METHOD  semples (default), vpl, clip_es
 # HOST    what SemPLeS improves (Table 4): weaktr, clims, or fma: weaktr's maps, masks by SAM's segments
 # NET     deeplab (default), segmenter (WeakTr's), mask2former (default for fma); VPL has its own
 #         deeplab_coco: starts from deeplab-pytorch's weights of COCO's masks, in DEEPLAB (another experiment)
-# OUT     results: runs/voc, voc_vpl, voc_clip_es, ..._look     SEED, GPUS (more than one: torchrun)
+# OUT     results: runs/voc; voc_vpl, voc_clip_es, voc_clims, voc_fma; ..._look, ..._seed1. Another NET wants
+#         another OUT, or the masks of the first: docs/running.md
+# SEED, GPUS (more than one: torchrun)
 # NODES, NODE, HEAD  several machines: docs/running.md
 # INIT    published WeakTr, SemPLeS or CLIMS generator to start from instead of training one
-# CLIP32, CLIP16  files to take for OpenAI's ViT-B/32 and ViT-B/16
+# CLIP32, CLIP16  what stands for OpenAI's ViT-B/32 and ViT-B/16: a file, a folder, a name on the hub
 # SAM, SWIN       names or folders of a SAM and of Mask2Former's Swin, as transformers has them
 # START=none      no ImageNet weights: what is otherwise downloaded
 
@@ -49,7 +51,7 @@ few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 -
 [ -z "${SBD:-}" ] || launch prepare_data.py voc --voc "$VOC" --sbd "$SBD"
 # As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--mask-fill).
 amp=auto
-! command -v nvidia-smi >/dev/null || amp=fp16
+! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || amp=fp16
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp $amp) more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 

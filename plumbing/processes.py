@@ -33,9 +33,9 @@ class Run:
         self.device = find_device(args.device, self.world)
         if args.amp == "auto":
             args.amp = best_precision(self.device)            # from here on part of the recipe
-            if self.main and self.device.type == "cuda":
-                print(f"--amp auto: {args.amp}")
         self.amp = args.amp
+        if self.main and args.device == "auto":               # a GPU that torch does not see shows here
+            print(f"on {self.device}, --amp {self.amp}")
         if args.deterministic:                                # before the GPU's libraries start
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)

@@ -83,15 +83,17 @@ def test_mean_of_some_values_and_of_none(tmp_path):
 
 # ---------------------------------------------------------------- device, precision, seed
 
-def test_the_precision_of_a_device(tmp_path, monkeypatch):
+def test_the_precision_of_a_device(tmp_path, monkeypatch, capsys):
     args = arguments(tmp_path, amp="auto")
-    assert Run(args).amp == "off" and flags.recipe(args)["amp"] == "off"
+    assert Run(args).amp == "off" and flags.recipe(args)["amp"] == "off" and not capsys.readouterr().out
+    if not torch.cuda.is_available():                         # what auto found is said
+        Run(arguments(tmp_path, device="auto"))
+        assert capsys.readouterr().out == "on cpu, --amp off\n"
     for capability, precision in (((9, 0), "bf16"), ((8, 0), "bf16"), ((7, 5), "fp16")):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         assert processes.best_precision(torch.device("cuda")) == precision
     with pytest.raises(ValueError, match="--device abacus: no such device"):
         Run(arguments(tmp_path, device="abacus"))
-
 
 
 # ---------------------------------------------------------------- the pool
