@@ -80,7 +80,7 @@ class Bench:
         vectors = torch.rand(inputs.CLASSES, 30, model.transformer.width, device=self.device)
         here = steps.Here(model, S, vectors, texts.class_texts(folders.VOC_CLASSES))
         if compiled:
-            here.S, here.clip.model.visual = torch.compile(S), torch.compile(here.clip.model.visual)
+            here.S, here.clip.encode_normalized = (torch.compile(f) for f in (S, here.clip.encode_normalized))
         images = self.images(self.of.batch, self.of.crop, self.of.crop)
         return self.follow(lambda: getattr(here, name)(images, self.labels), here.optimizers[name],
                            amp), self.of.batch
@@ -279,13 +279,13 @@ def hours_table(found, bench):
 
 
 def show(found, bench, write):
+    peak = found["matrix peak"].get("tflops", math.nan)
     facts = (f"{bench.of.batch} images with {bench.of.pairs} pairs at {bench.of.crop} px, maps and masks of "
-             f"{bench.of.size[0]}x{bench.of.size[1]}; matrix peak "
-             f"{found['matrix peak']['tflops']:.3g} TFLOP/s.")
+             f"{bench.of.size[0]}x{bench.of.size[1]}; matrix peak {peak:.3g} TFLOP/s.")
     for name in ("tests", "toy run"):
         if name in found:
             facts += f" {name.capitalize()}: {found[name]['seconds']:.0f} s, {found[name]['said']}."
-    table = f"{part_table(found, found['matrix peak']['tflops'])}\n\n{hours_table(found, bench)}"
+    table = f"{part_table(found, peak)}\n\n{hours_table(found, bench)}"
     tables.show("bench.gpu", write, table, facts, bench.device)
 
 

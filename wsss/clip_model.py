@@ -99,7 +99,9 @@ class FrozenClip(nn.Module):
         if len(regions) == 0:                                 # a rank without a pair: still a graph for DDP
             width = self.model.text_projection.shape[1]
             return self.model.text_projection.new_zeros(0, width) + regions.flatten(1).sum(1, keepdim=True)
-        return F.normalize(self.model.encode_image(regions).float(), dim=-1)
+        visual = self.model.visual
+        features = run_image_tower(visual, regions) if hasattr(visual, "transformer") else visual(regions)
+        return F.normalize(features.float(), dim=-1)
 
     @torch.no_grad()
     def encode_text(self, texts):
@@ -124,13 +126,36 @@ def run_text_tower(model, x, eos):
     Attention is causal: no token after EOS can change a feature, so callers leave them out."""
     length = x.shape[1]
     x = (x + model.positional_embedding[:length]).permute(1, 0, 2)                    # (T, n, width)
-    mask = torch.full((length, length), float("-inf"), device=x.device).triu(1)
-    for block in model.transformer.resblocks:
-        y = block.ln_1(x)
-        x = x + block.attn(y, y, y, need_weights=False, attn_mask=mask.to(y.dtype))[0]
-        x = x + block.mlp(block.ln_2(x))
-    x = model.ln_final(x)[eos, torch.arange(len(eos), device=x.device)]               # (n, width)
+    hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)    # what comes after it
+    x = model.ln_final(run_blocks(model.transformer.resblocks, x, eos, hidden))       # (n, width)
     return F.normalize((x @ model.text_projection).float(), dim=-1)
+
+
+def run_image_tower(visual, images):
+    """Normalised images (n, 3, size, size) -> (n, D); of a ViT."""
+    x = visual.conv1(images).flatten(2).permute(2, 0, 1)                              # (N, n, width)
+    x = torch.cat([visual.class_embedding.to(x.dtype).expand(1, len(images), -1), x])
+    x = visual.ln_pre(x + visual.positional_embedding[:, None].to(x.dtype))           # (1 + N, n, width)
+    first = torch.zeros(len(images), dtype=torch.long, device=x.device)
+    return visual.ln_post(run_blocks(visual.transformer.resblocks, x, first)) @ visual.proj
+
+
+def run_blocks(blocks, x, at, hidden=None):
+    """Tokens (T, n, width) -> those at position `at` (n,) as the last block leaves them, (n, width).
+
+    A feature is read from one token, so the last block computes no other. `hidden` (T, T): True where a token
+    (row) does not see another (column)."""
+    for block in blocks[:-1]:
+        y = block.ln_1(x)
+        x = x + block.attn(y, y, y, need_weights=False, attn_mask=hidden)[0]
+        x = x + block.mlp(block.ln_2(x))
+    last, each = blocks[-1], torch.arange(len(at), device=x.device)
+    if hidden is not None:
+        hidden = hidden[at].repeat_interleave(last.attn.num_heads, 0)[:, None]        # (n heads, 1, T)
+    y = last.ln_1(x)
+    z = last.attn(y[at, each][None], y, y, need_weights=False, attn_mask=hidden)[0]   # (1, n, width)
+    x = x[at, each] + z[0]
+    return x + last.mlp(last.ln_2(x))
 
 
 class BackgroundPrompts(nn.Module):
