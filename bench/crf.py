@@ -32,7 +32,7 @@ CLASSES = [3, 7]
 
 
 def make_inputs(root, images, size):
-    """Images of `size` (H, W) and two maps each -> (image path, id, labels), as make_pseudo.process takes
+    """Images of `size` (H, W) and two maps each -> (image path, id, labels), as make_pseudo.write_mask takes
     them."""
     (root / "cam").mkdir(parents=True)
     labels, tasks = inputs.multi_hot([CLASSES])[0].numpy(), []
@@ -47,8 +47,8 @@ def make_inputs(root, images, size):
 
 
 def process(*task):
-    """make_pseudo.process -> this process, the MB it holds afterwards, the time."""
-    make_pseudo.process(*task)
+    """make_pseudo.write_mask -> this process, the MB it holds afterwards, the time."""
+    make_pseudo.write_mask(*task)
     return os.getpid(), held(), time.perf_counter()
 
 

@@ -1,10 +1,12 @@
 """The benchmarks: what is timed side by side computes the same, and what is timed are the stages' own loops.
 """
 import copy
+import importlib
 import json
 import os
 import shutil
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -110,6 +112,20 @@ def test_the_gpu_script_says_what_it_lacks(tmp_path):
     done = subprocess.run(["bash", tmp_path / "bench/gpu.sh"], capture_output=True, text=True,
                           env={**os.environ, "PYTHON": str(tmp_path / "python3")})
     refused(done, "gpu.sh: this python lacks clip", "bash bench/gpu.sh --pack")
+
+
+@pytest.mark.parametrize("name,flags,columns", [
+    ("crf", "--backends torch --workers 1 --images 3 --size 24 32 --many 40 --small 12 16", [1]),
+    ("eval", "--images 2 --size 24 32 --runs 1", [1, 2]),
+    ("prototypes", "--pixels 100 200 --runs 1", [3, 4]),
+    ("input", "--workers 0 --samples 8 --step-rate 4", [2])])
+def test_a_bench_measures_something(name, flags, columns, monkeypatch, capsys):
+    bench = importlib.import_module(f"bench.{name}")
+    monkeypatch.setattr(sys, "argv", [name, *flags.split()])
+    bench.main()
+    table = capsys.readouterr().out.split("\n\n")[1]
+    rows = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    assert rows and all(float(row[n].replace(",", "")) > 0 for row in rows for n in columns)
 
 
 def test_what_is_timed_are_the_steps_and_images_of_the_stages(tiny_clip, tmp_path, monkeypatch):
