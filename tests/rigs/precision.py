@@ -79,7 +79,7 @@ def first_prompts(out, world):
 
 def measure(root, device):
     """{(generator, stage, precision): row}; each stage starts from what float32 has made before it."""
-    flags, world, rows = recipe(), root / "data", {}
+    flags, world, rows = recipe("CLS MATCH PROMPT REFINE"), root / "data", {}
     shared = ["--data", world, "--split", "train", "--workers", 0, "--device", device]
     epochs = STEPS * BATCH // IMAGES
     steps = ["--batch-size", BATCH, "--epochs", epochs, "--log-every", 1, "--save-every", STEPS]
@@ -103,8 +103,7 @@ def measure(root, device):
                         (folder / before.name).symlink_to(before)
                 stage(script, *shared, "--out", folder, "--clip", world / "clip.pt", *flags[own], *views,
                       "--amp", amp, *steps)
-            before = weights(made / ("match.pt" if name == "refine" else "cls.pt"))
-            start = first_prompts(out["off"], world) if name == "prompts" else before
+            start = first_prompts(out["off"], world) if name == "prompts" else weights(made / "cls.pt")
             rows |= {(kind, script, amp): compare(out["off"], out[amp], name, start) for amp in BOUNDS}
             (made / f"{name}.pt").symlink_to(out["off"] / f"{name}.pt")
     return rows
