@@ -85,7 +85,7 @@ def find_foreground(cam, classes, size):
     return (torch.as_tensor(classes) + 1)[row], score
 
 
-def cut(args):
+def find_cut(args):
     """The map value above which a pixel is foreground: t, or the root of m = (1 - m)^alpha"""
     if args.background == "constant":
         return args.threshold
@@ -99,7 +99,7 @@ def cut(args):
 def score_maps(args, folder, ids, run):
     """Confusion matrices (T, C, C + 1): the fixed threshold first, then ORACLE's if asked for."""
     count, labels = len(folder.classes) + 1, folder.labels(ids)
-    thresholds, order = torch.tensor([cut(args)], dtype=torch.float64), torch.zeros(1, dtype=torch.long)
+    thresholds, order = torch.tensor([find_cut(args)], dtype=torch.float64), torch.zeros(1, dtype=torch.long)
     if args.oracle:
         thresholds, order = torch.cat([thresholds, ORACLE]).sort()
     total = torch.zeros(len(thresholds), count, count + 1, dtype=torch.int64)

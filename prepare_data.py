@@ -315,7 +315,7 @@ def find_images(args, names):
     return found
 
 
-def decode(segmentation, shape):
+def read_outline(segmentation, shape):
     """Polygons, uncompressed or compressed run lengths -> (H, W) bool."""
     from pycocotools import mask as rle  # optional, see `require`
     runs = segmentation
@@ -344,7 +344,7 @@ def write_coco(job):
     if not job.mask:
         return link(job.source, job.image)
     try:
-        mask = paint_objects(job.shape, [(label, decode(s, job.shape)) for label, s in job.objects])
+        mask = paint_objects(job.shape, [(label, read_outline(s, job.shape)) for label, s in job.objects])
     except Exception as error:                                # pycocotools raises bare Exception
         raise ValueError(f"{job.source.name}: its segmentation cannot be decoded "
                          f"({files.first_line(error)}): take its annotations from a whole file") from None

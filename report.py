@@ -28,7 +28,7 @@ from plumbing.images import load_image
 from plumbing.log import read_log, versions
 from plumbing.maps import load_cam, present
 from plumbing.masks import load_mask
-from plumbing.page import chip, esc, figure, fit, heading, show_map, tag
+from plumbing.page import chip, esc, figure, heading, show_map, shrink, tag
 from wsss import clip_model, gradcam, losses, texts
 
 REGIONS = 200                                                 # images whose regions are in the scatter
@@ -118,7 +118,7 @@ def by_stage(item):
     return list(WHAT).index(protocol["what"]), source, len(name), name
 
 
-def choose(folder, ids, count):
+def spread_over_classes(folder, ids, count):
     """`count` of the ids: each class in turn gives its next image, images without a class come last."""
     labels = folder.labels(ids)
     queues = [[ids[n] for n in holds.nonzero()[:, 0].tolist()] for holds in (*labels.T, labels.sum(1) == 0)]
@@ -143,7 +143,7 @@ def choose_images(args, folder, found):
     for split, paths in places.items():
         made = {file.stem for path in paths for file in path.iterdir()}
         ids = [id for id in folder.ids(split, args.limit) if not made or id in made]
-        chosen[split] = choose(folder, ids, args.images)
+        chosen[split] = spread_over_classes(folder, ids, args.images)
     return {split: ids for split, ids in chosen.items() if ids}
 
 
@@ -184,7 +184,7 @@ def draw_scores(args, folder, found):
 def draw_card(folder, found, id):
     """One image and all that was made of it, a row for each present class."""
     label = folder.labels([id])[0]
-    image = fit(load_image(folder.image_path(id)))
+    image = shrink(load_image(folder.image_path(id)))
     tiles, column = [figure(image, "image", "1/1", "first")], 1
     for results in found:
         for name, source in results.maps.items():
@@ -217,7 +217,7 @@ def draw_images(args, folder, found, chosen):
         parts += [heading(title), tag("div", *cards, kind="cards")]
     for path in (path for results in found for path in results.photos):
         overlays = sorted(path.glob("*.jpg"))[:args.images]
-        overlays = [figure(fit(load_image(jpg)), jpg.stem) for jpg in overlays]
+        overlays = [figure(shrink(load_image(jpg)), jpg.stem) for jpg in overlays]
         parts += [heading(path.name), tag("div", *overlays, kind="row flow")] if overlays else []
     for results in found:
         for source, weights in MAPS_OF.items():
@@ -285,7 +285,7 @@ def draw_prompts(args, folder, found, chosen, run):
     average = F.normalize(manual.mean(0), dim=0)
     cards = []
     for id in next(iter(chosen.values()), []):
-        image = fit(load_image(folder.image_path(id)))
+        image = shrink(load_image(folder.image_path(id)))
         for k in present(folder.labels([id])[0]):
             best = near.indices[k, 0].item()
             columns = torch.stack([u_b[k], manual[best], average, u_f[k]])

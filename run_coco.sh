@@ -60,9 +60,7 @@ init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 
 if [ "$METHOD$HOST" = semplesclims ]; then
     # hardware, time, score: not yet measured (the paper has no such row).
-    # The paper gives no lambda here: Eq. 3's, times lambda_match. The threshold is CLIMS's, whose maps are
-    # divided by their maximum and whose masks are IRNet's; here they are min-max scaled, and the CRF's. CLIMS
-    # alone: make_cam.py --source match. INIT is IRN's res50_cam.pth; a finished CLIMS would be trained on.
+    # INIT: IRN's res50_cam.pth; a finished CLIMS is trained on. CLIMS alone: make_cam.py --source match.
     clims="--lambda-match 2 --lambda-b 7 --lambda-cbs 1.25 --tau-cbs 0.285 --lambda-reg 0.2"
     stage -m hosts.train_cam "${shared[@]}" --split train --backbone "$START" ${init[@]+"${init[@]}"} \
         --epochs 5 --lr 0.1 $once $small
@@ -72,7 +70,7 @@ if [ "$METHOD$HOST" = semplesclims ]; then
         2.5e-3 --weight-decay 0.03 --lambda-t 0.01 --repel one_minus --prompt-length 30 --prompt-init \
         uniform --views 0 --crop 512 --min-scale 0.5 $once $small
     stage -m hosts.train_clims "${shared[@]}" --split train --stage refine --clip "$CLIP32" $clims --epochs \
-        15 --lr 2.5e-4 --lambda-refine 0.4 $once $small
+        8 --lr 5e-4 --lambda-refine 0.4 $once $small
     stage make_cam.py "${shared[@]}" --split train --source refine --scales 1.0 0.5 1.5 2.0 --flip
     stage eval.py "${shared[@]}" --split train --what cam --threshold 0.15
     stage make_pseudo.py "${shared[@]}" --split train --threshold 0.15 $crf --preset irn
@@ -150,6 +148,7 @@ fi
 # Every network is tested as its own authors test it.
 case "$METHOD$NET" in
     semplesmask2former) test="--scales 1.0 --no-flip --no-crf" ;;
+    semplessegmenter) test="--scales 0.7 1.05 1.4 1.75 2.1 2.45 --flip --crf --preset segmenter" ;;
     *) test="--scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab" ;;
 esac
 stage eval.py "${shared[@]}" --split val --what seg $test --save

@@ -57,9 +57,7 @@ init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 
 if [ "$METHOD$HOST" = semplesclims ]; then
     # hardware, time, score: not yet measured (paper: 71.0 of DeepLab on val, 70.4 without SemPLeS).
-    # The paper gives no lambda here: Eq. 3's, times lambda_match. The threshold is CLIMS's, whose maps are
-    # divided by their maximum and whose masks are IRNet's; here they are min-max scaled, and the CRF's. CLIMS
-    # alone: make_cam.py --source match. INIT is IRN's res50_cam.pth; a finished CLIMS would be trained on.
+    # INIT: IRN's res50_cam.pth; a finished CLIMS is trained on. CLIMS alone: make_cam.py --source match.
     clims="--lambda-match 10 --lambda-b 2.4 --lambda-cbs 1 --tau-cbs 0.26 --lambda-reg 0.2"
     stage -m hosts.train_cam "${shared[@]}" --split train_aug --backbone "$START" ${init[@]+"${init[@]}"} \
         --epochs 5 --lr 0.1 $once $small
@@ -74,9 +72,8 @@ if [ "$METHOD$HOST" = semplesclims ]; then
     stage eval.py "${shared[@]}" --split train --what cam --threshold 0.15
     stage make_pseudo.py "${shared[@]}" --split train_aug --threshold 0.15 $crf --preset irn
 elif [ "$METHOD" = semples ]; then
-    # hardware, time, score: not yet measured (paper: V100s; mIoU 68.7 of the maps on train). The paper's 78.4
-    # of the masks and 73.9 of DeepLab stand among its SAM-based rows: HOST=fma NET=deeplab. With CRF and
-    # Segmenter (74.2): NET=segmenter.
+    # hardware, time, score: not yet measured (paper: V100s; maps on train 68.7). Its 78.4 of masks, 73.9 of
+    # DeepLab are among the SAM-based rows: HOST=fma NET=deeplab. With CRF and Segmenter, 74.2: NET=segmenter.
     augment="--crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 --weight-decay 0.03"
     match="--lambda-b 2.4 --mask-eps 0.1 --mask-fill imagenet"
     stage train_cls.py "${shared[@]}" --split train_aug --generator deit_small --backbone "$START" \
@@ -97,7 +94,7 @@ elif [ "$METHOD" = semples ]; then
             "${SAM:-facebook/sam-vit-huge}" --points 32 --crop-layers 1 --pred-iou 0.86 --stability 0.92 \
             --nms 0.7 --min-area 100 --whole-bonus 0.1 --whole-first --covered 0.3 --amp off $points
         stage make_pseudo.py "${shared[@]}" --split train_aug --segments "$OUT/segments" --vote sams \
-            --power 0.6
+            --power 0.7
     else
         stage make_pseudo.py "${shared[@]}" --split train_aug --threshold 0.43 $crf --preset weaktr
     fi

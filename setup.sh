@@ -62,9 +62,8 @@ fi
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 
-# launch script.py flags ...: in one process, or after `spread=1` in GPUS processes. On several machines that
-# share $OUT and the data, the same command on each: NODES=2 NODE=0 HEAD=host:29500 GPUS=8 bash run_voc.sh
-# where host is, NODE=1 on the other. They meet at HEAD, for each stage at the next port.
+# launch script.py flags ...: in one process, or after `spread=1` in GPUS processes on each of NODES machines
+# (docs/running.md), which meet at HEAD, for each stage at the next port.
 spread= stages=0
 
 launch() {
@@ -83,9 +82,8 @@ launch() {
     "$PYTHON" ${run[@]+"${run[@]}"} "$@"
 }
 
-# stage script.py flags ...: launches it, with $more at the end, where it wins. $OUT/commands.txt holds the
-# lines that ended well; while nothing in $DATA and $OUT is newer, they are passed over without python.
-# From the first other line on, every script looks for itself what is finished.
+# stage script.py flags ...: launches it with $more at the end. $OUT/commands.txt holds the lines that ended
+# well; while nothing in $DATA and $OUT is newer, they are passed over, up to the first other line.
 more=() passing=ask
 case " $* " in *" --no-resume "*) passing= ;; esac
 if [ "${NODES:-1}" != 1 ]; then

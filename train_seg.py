@@ -31,13 +31,8 @@ from plumbing import checkpoints, flags, folders, guard, networks, processes, sa
 from plumbing.masks import IGNORE
 from wsss import losses, texts
 
-# What each paper trains its network with; a toy network takes its big sister's. VPL gives neither rate nor
-# crop: WeCLIP's. 264,500 steps of 4 are WeakTr's 100 epochs of train_aug. Of scales SemPLeS says nothing.
-# Differs from the paper: VPL's decoder learns by SGD 0.9 there (--optimizer sgd --lr 0.01), which did not
-# leave "all background" in 200 steps of the toy; AdamW at 2e-3 is WeCLIP's. WeakTr's SGD is Nesterov's, and
-# its rate ends at 1e-5, not at 0. Its images have a shorter side of 520 before the scales; VOC's have about
-# 375, so that --min-scale .7 --max-scale 2.8 come close. Its photometric distortion, and its second try of a
-# crop of which one class takes more than .75, are missing.
+# What each paper trains its network with; a toy network takes its big sister's. Differs from the papers where
+# they are silent, in VPL's optimizer, and in WeakTr's resizing and augmentation: docs/faithfulness.md.
 PAPERS = {
     "deeplab": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "optimizer": "sgd", "lr": 2.5e-4,
                 "weight_decay": 5e-4, "crop": 321, "max_scale": 1.5},

@@ -91,7 +91,7 @@ def mark(clip, x, attention, grid, labels, Z, tau, args):
     return torch.where(best >= args.phi, marked, torch.where(background, labels.shape[1], -1))
 
 
-def choose(x, marked, number, quota, args):
+def choose_pixels(x, marked, number, quota, args):
     """Of one image: its patches' features (N, D) and classes (N,) -> what is stored, (n, D + 1)."""
     kept = marked >= 0
     x, marked = x[kept], marked[kept]
@@ -124,7 +124,7 @@ def collect_features(clip, Z, tau, folder, ids, labels, args, run):
             if not features.isfinite().all():
                 raise ValueError(f"CLIP's features of {ids[n]} are not finite: look at the image, take --amp "
                                  "bf16 or off, or another --clip")
-            stored = choose(features, classes, n, quota, args).half().cpu().numpy()
+            stored = choose_pixels(features, classes, n, quota, args).half().cpu().numpy()
             with files.atomic(where / f"{ids[n]}.npy") as beside, open(beside, "wb") as file:
                 np.save(file, stored, allow_pickle=False)
 

@@ -165,7 +165,7 @@ class Sam:
                 out = self.model(image_embeddings=embedding, input_points=part[None], input_labels=labels)
             found += self.sure(out.pred_masks[0].float(), out.iou_scores[0].float(), pixels.shape[-2:],
                                resized, crop)
-        return [s for s in found if not cut(s.box, crop, image.shape[:2])]
+        return [s for s in found if not is_cut(s.box, crop, image.shape[:2])]
 
     def sure(self, logits, ious, padded, resized, crop):
         """Masks (n, 3, h, w) and their expected IoU (n, 3) -> segments. Few masks at a time are brought to
@@ -189,7 +189,7 @@ class Sam:
         return found
 
 
-def cut(box, crop, size):
+def is_cut(box, crop, size):
     """Does the box end at an edge of the crop that is not the image's?"""
     ends = box[0], box[1], box[2] - 1, box[3] - 1             # the last row and column count (SAM)
     return any(abs(end - edge) <= EDGE and abs(end - last) > EDGE

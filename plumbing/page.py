@@ -76,7 +76,7 @@ def tiles(parts, columns):
     return tag("div", *parts, kind="row", style=f"--columns:{columns}")
 
 
-def fit(image):
+def shrink(image):
     """The image at SIDE."""
     return image.resize([max(1, round(n * SIDE / max(image.size))) for n in image.size], Image.BICUBIC)
 

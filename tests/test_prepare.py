@@ -175,7 +175,7 @@ def box(x0, y0, x1, y1):
 
 
 def decode_simply(segmentation, shape):
-    """prepare_data.decode for one upright box, or uncompressed run lengths, down the columns."""
+    """prepare_data.read_outline for one upright box, or uncompressed run lengths, down the columns."""
     if isinstance(segmentation, list):
         (x0, y0, *_, x1, y1, _, _), out = segmentation[0], np.zeros(shape, dtype=bool)
         out[y0:y1, x0:x1] = True
@@ -187,7 +187,7 @@ def decode_simply(segmentation, shape):
 @pytest.fixture
 def no_pycocotools(monkeypatch):
     monkeypatch.setattr(prepare_data, "require", lambda *args: None)
-    monkeypatch.setattr(prepare_data, "decode", decode_simply)
+    monkeypatch.setattr(prepare_data, "read_outline", decode_simply)
 
 
 CATEGORIES = [{"id": 1, "name": "person"}, {"id": 3, "name": "car"}, {"id": 13, "name": "stop sign"},
@@ -267,11 +267,11 @@ def test_decode_polygons_and_run_lengths():
     text = {**runs, "counts": runs["counts"].decode()}                   # as COCO's JSON has it
     two = box(1, 1, 2, 3) + box(2, 1, 3, 3)
     for segmentation in (square, runs, text, two, square + [[1, 1, 3, 3]]):         # four numbers are no box
-        assert (prepare_data.decode(segmentation, (4, 6)) == truth).all()
-    assert (prepare_data.decode(CROWD, (4, 6)) == decode_simply(CROWD, (4, 6))).all()
-    assert not prepare_data.decode([], (4, 6)).any()
+        assert (prepare_data.read_outline(segmentation, (4, 6)) == truth).all()
+    assert (prepare_data.read_outline(CROWD, (4, 6)) == decode_simply(CROWD, (4, 6))).all()
+    assert not prepare_data.read_outline([], (4, 6)).any()
     with pytest.raises(ValueError, match="run lengths"):
-        prepare_data.decode(runs, (6, 4))
+        prepare_data.read_outline(runs, (6, 4))
 
 
 def put(path, content):

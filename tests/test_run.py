@@ -135,7 +135,7 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
             assert given.get("epochs", 1) == 1 or not look
             scored = {"eval": "val" if "seg" in words else "train", "report": "train"}
             assert given["split"] == scored.get(name, "train_aug" if script == "run_voc.sh" else "train")
-            if "seg" in words and script == "run_voc.sh":
+            if "seg" in words:
                 assert (given["preset"] == "segmenter") == (choice.get("NET") == "segmenter")
     alone = shell(script, *flags, **more)[1]
     assert {parse(words, monkeypatch)["amp"] for words in alone} == {"auto"}

@@ -127,7 +127,7 @@ def run_text_tower(model, x, eos):
     length = x.shape[1]
     x = (x + model.positional_embedding[:length]).permute(1, 0, 2)                    # (T, n, width)
     hidden = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)    # what comes after it
-    x = model.ln_final(run_blocks(model.transformer.resblocks, x, eos, hidden))       # (n, width)
+    x = model.ln_final(read_token(model.transformer.resblocks, x, eos, hidden))       # (n, width)
     return F.normalize((x @ model.text_projection).float(), dim=-1)
 
 
@@ -137,10 +137,10 @@ def run_image_tower(visual, images):
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(1, len(images), -1), x])
     x = visual.ln_pre(x + visual.positional_embedding[:, None].to(x.dtype))           # (1 + N, n, width)
     first = torch.zeros(len(images), dtype=torch.long, device=x.device)
-    return visual.ln_post(run_blocks(visual.transformer.resblocks, x, first)) @ visual.proj
+    return visual.ln_post(read_token(visual.transformer.resblocks, x, first)) @ visual.proj
 
 
-def run_blocks(blocks, x, at, hidden=None):
+def read_token(blocks, x, at, hidden=None):
     """Tokens (T, n, width) -> those at position `at` (n,) as the last block leaves them, (n, width).
 
     A feature is read from one token, so the last block computes no other. `hidden` (T, T): True where a token
@@ -179,9 +179,8 @@ class BackgroundPrompts(nn.Module):
         else:
             raise ValueError(f"init is 'uniform' or 'normal', not {init!r}")
         self.vectors = nn.Parameter(vectors)
-        # From the authors' code, not in the paper: "a photo of" before the vectors and a full stop after
-        # them. There the full stop is token 13, "." within a word; here it is 269, as CLIP's tokenizer
-        # reads it after a word or a blank, the same as in the class texts.
+        # From the authors' code, not in the paper: "a photo of" before the vectors, a full stop after them.
+        # It is token 13 there, "." within a word; here 269, as the tokenizer reads it in the class texts.
         tokens = openai().tokenize("a photo of .")[0].to(embedding.weight.device)  # SOS a photo of . EOS 0
         with torch.no_grad():
             self.register_buffer("start", embedding(tokens[:4]), persistent=False)    # SOS a photo of

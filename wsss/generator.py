@@ -5,6 +5,9 @@
 
 forward(images) -> (maps, logits), logits a tuple of (B, C) that train_cls.py trains on image labels.
 """
+import importlib
+from types import SimpleNamespace
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -154,9 +157,8 @@ class DeiT(nn.Module):
         """-> tokens (B, C + h * w, width); per layer attention and branch output, detached; grid (h, w)
 
         With a frozen backbone nothing here records a graph, since no weight asks for a gradient."""
-        # From the authors' code, not in the paper: at sizes that are no multiple of the patch, the patch
-        # convolution drops the pixels on the right and at the bottom; the map of the rest is stretched over
-        # the whole image.
+        # From the authors' code, not in the paper: the patch convolution drops what is beyond a multiple of
+        # the patch on the right and below; the map of the rest is stretched over the whole image.
         h, w = (n // self.patch for n in images.shape[-2:])
         if min(h, w) == 0:
             h, w = max(h, 1), max(w, 1)
@@ -226,19 +228,23 @@ ALLOWED = [(Ignored, name) for name in ("argparse.Namespace", "numpy.dtype", "nu
 
 
 def load_generator(path, pool="max"):
-    """A DeiT checkpoint of ours, of WeakTr or of SemPLeS -> S, for those who copy this file.
+    """A checkpoint of ours, of WeakTr or of SemPLeS -> S.
 
-    Ours hold their pooling; of others `pool` says it (max: VOC, avg: COCO). The stages read more kinds of
-    files: plumbing/networks.py."""
+    Ours hold their pooling; of others `pool` says it (max: VOC, avg: COCO). What is no DeiT, as CLIMS's
+    ResNet-50 and the toy world's CNN, is read by plumbing/networks.py, where that is there."""
     with torch.serialization.safe_globals(ALLOWED):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if "stage" in content:
         pool = content["args"].get("pool") or pool
+    state = content.get("model", content)
+    if "adaptive_attention_fusion.attn_head_ffn.0.weight" in state:
+        return deit_from_state(state, pool).eval()
     try:
-        return deit_from_state(content.get("model", content), pool).eval()
-    except KeyError as error:
-        raise ValueError(f"{path} is no DeiT of WeakTr's kind, it has no {error.args[0]}; "
-                         "the stages read more kinds of generators: plumbing/networks.py") from None
+        others = importlib.import_module("plumbing.networks")  # by name: this file is also copied alone
+    except ImportError:
+        raise ValueError(f"{path} is no DeiT of WeakTr's kind, which is all that this file reads") from None
+    pool = None if "stage" in content else pool               # ours: as it was trained
+    return others.load_generator(path, SimpleNamespace(device="cpu"), pool=pool).eval()
 
 
 def parameters_to_train(S, train_backbone=False):

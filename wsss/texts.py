@@ -1,6 +1,7 @@
 """What CLIP's text encoder reads: aliases, synonyms, templates, backgrounds. Names are part of the methods.
 
-VOC's and COCO's names are recognised; the names of other data sets are taken as they are.
+SemPLeS's aliases are for VOC's twenty classes as a whole. CLIP-ES's synonyms go by the name alone, in any
+data set. All other names are taken as they are.
 """
 
 # From the authors' code, not in the paper: SemPLeS and CLIMS do not feed VOC's names, which CLIP's tokenizer

@@ -34,7 +34,7 @@ def fma_votes(segments, maps, power):
     background = (1 - scores.max(1, keepdims=True)).clip(min=0) ** power              # (S, 1)
     scores = np.concatenate([background, scores], 1)          # (S, 1 + P)
     order = [(s.level, best) for s, best in zip(segments, scores.max(1))]
-    return paint(segments, scores.argmax(1), order, painted)
+    return paint_segments(segments, scores.argmax(1), order, painted)
 
 
 def sepl_votes(segments, mask, half=0.5, most=0.85):
@@ -63,7 +63,7 @@ def sepl_votes(segments, mask, half=0.5, most=0.85):
     return painted
 
 
-def paint(segments, labels, order, canvas):
+def paint_segments(segments, labels, order, canvas):
     """Writes labels[i] over the pixels of segments[i], in ascending order[i].
 
     Where that is equal, larger segments come first, then place and label decide, never the list's order.
