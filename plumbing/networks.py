@@ -34,7 +34,7 @@ def load_clip(name, run, vit=False, gelu=None):
     return clip.to(run.device)
 
 
-def open_clip_file(name, gelu):
+def open_clip_file(name, gelu=None):
     path = clip_files.locate(name)
     if not path.exists():
         raise FileNotFoundError(f"CLIP {name}: no such file, and not one of {', '.join(openais())}")

@@ -1,6 +1,7 @@
 """The frozen CLIP against OpenAI's own forward, and the learned prompts, on a CLIP of few channels with the
 real vocabulary."""
 import functools
+import sys
 
 import clip as openai_clip
 import pytest
@@ -47,6 +48,16 @@ def test_images_are_encoded_as_openais_and_a_removed_pixel_is_the_fill(clip, mod
         assert_close(clip.encode_normalized(regions, fill=fill), want)
         want = F.normalize(model.encode_image((resized - CLIP[0]) / CLIP[1]), dim=-1)
         assert_close(clip.encode_image(images), want)
+
+
+def test_load_clip_reads_what_clip_flags_take_and_alone_a_plain_state(model, tmp_path, monkeypatch):
+    path, pixels = tmp_path / "clip.pt", torch.rand(1, 3, 32, 32)
+    want = clip_model.FrozenClip(model).encode_image(pixels)
+    torch.save({"model": model.state_dict()}, path)
+    assert_close(clip_model.load_clip(path).encode_image(pixels), want)
+    torch.save(model.state_dict(), path)
+    monkeypatch.setitem(sys.modules, "plumbing.networks", None)   # this file was copied alone
+    assert_close(clip_model.load_clip(path).encode_image(pixels), want)
 
 
 def test_texts_cut_at_their_end_are_openais_over_all_77_tokens_and_ensembles_their_mean(clip, model):

@@ -1,11 +1,12 @@
 """The frozen CLIP: load it, encode images and class names, learn background prompts.
 
-    clip = load_clip("ViT-B/32", device)                      # or the file of a plain state dict
+    clip = load_clip("ViT-B/32", device)                      # or a file
     clip.encode_image(images)                                 # RGB in [0, 1] -> (B, D), unit length, float32
     clip.encode_text(["a photo of dog."])
     u_b = BackgroundPrompts(clip, num_classes=20)()           # (C, D), SemPLeS 3.2.2
 """
 import hashlib
+import importlib
 import warnings
 
 import torch
@@ -22,13 +23,17 @@ def openai():
 
 
 def load_clip(name_or_path, device="cpu"):
-    """An OpenAI name (downloaded once), or the file of a plain state dict with OpenAI's names -> FrozenClip.
+    """An OpenAI name (downloaded once), or a file -> FrozenClip.
 
-    The stages read more kinds of files: plumbing/networks.py."""
+    Where plumbing/ is beside this folder, any file that --clip takes; else a plain state dict with OpenAI's
+    names."""
     if str(name_or_path) in openai().available_models():
         return FrozenClip(openai().load(str(name_or_path), device="cpu")[0]).to(device)
-    state = torch.load(name_or_path, map_location="cpu", weights_only=True)
-    return clip_from_state(state).to(device)
+    try:
+        others = importlib.import_module("plumbing.networks")  # by name: this file is also copied alone
+    except ImportError:
+        return clip_from_state(torch.load(name_or_path, map_location="cpu", weights_only=True)).to(device)
+    return others.open_clip_file(str(name_or_path)).to(device)
 
 
 def clip_from_state(state, gelu="quick", pixels=None):
