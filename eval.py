@@ -33,7 +33,7 @@ from plumbing.maps import load_cam, resize_maps
 from plumbing.masks import load_mask, resize_mask, save_mask
 from wsss import crf, metrics
 
-# Of a network's predictions, what does not change them.
+# Flags that do not change a network's predictions.
 FREE = ("split", "limit", "batch_size", "seed", "what", "save", "clip", "pred", "cam", "pseudo", "background",
         "threshold", "alpha", "oracle")
 ORACLE = torch.arange(1, 100).double() / 100                  # thresholds tried by --oracle

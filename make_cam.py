@@ -101,7 +101,8 @@ def open_clip(args, folder, run):
         path = args.out / "prototypes.pt"
         content = networks.load_prototypes(path, folder, backgrounds, clip)
         columns = content["model"]["prototypes"].to(run.device)                       # (M, D)
-        tau, weights = args.tau_i or content["tau_i"], files.fingerprint(path)
+        tau = args.tau_i = args.tau_i or content["tau_i"]
+        weights = files.fingerprint(path)
     box = args.box if args.affinity else None
 
     def maps(images, b, k):
@@ -165,7 +166,7 @@ def main():
         size = image_size(folder.image_path(ids[numbers[0]]))
         made, b, k = shrink_maps(resize_maps(made, size), args.stride).cpu(), b.cpu(), k.cpu()
         for i, n in enumerate(numbers):
-            if args.format:                                   # first: the map marks it finished
+            if args.format:
                 exports.save(exported, ids[n], args.format, k[b == i], made[b == i], size)
             save_cam(where / f"{ids[n]}.npy", made[b == i])
 

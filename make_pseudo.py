@@ -134,7 +134,7 @@ def summary(args, folder, labels, pixels, bare):
         source = {"folder": str(args.segments), "source": recipe.get("args", {}).get("source"),
                   "weights": recipe.get("weights")}
         found |= {"segments": source, "vote": args.vote, "without_segments": bare}
-    if args.vote == "sams":                                   # the other rule: of the CRF
+    if args.vote == "sams":                                   # "pixels": where no segment is, and for the CRF
         found |= {"pixels": {"background": args.background, "value": value}, "background": "power",
                   "value": args.power}
     return {**found, "args": flags.plain(args), "versions": log.versions()}

@@ -36,15 +36,15 @@ def parse():
     g.add_argument("--train-backbone", action=argparse.BooleanOptionalAction, default=True,
                    help="train all of S; --no-train-backbone: its last layers")
     g.add_argument("--epochs", type=flags.positive, default=60)
-    g.add_argument("--lr", type=flags.number, default=7.5e-5, help="AdamW's rate: 6e-4 x batch / 512")
+    g.add_argument("--lr", type=flags.above_zero, default=7.5e-5, help="AdamW's rate: 6e-4 x batch / 512")
     g.add_argument("--min-lr", type=flags.number, default=1e-5, help="rate the cosine ends at")
     g.add_argument("--warmup", type=flags.number, default=5, help="epochs of linear warm-up from --warmup-lr")
-    g.add_argument("--warmup-lr", type=flags.number, default=1e-6)
+    g.add_argument("--warmup-lr", type=flags.above_zero, default=1e-6)
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
-    g.add_argument("--min-scale", type=float, default=0.08, help="least share of the image in a crop")
+    g.add_argument("--min-scale", type=flags.fraction, default=0.08, help="least share of an image in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=True)
-    g.add_argument("--erase", type=float, default=0.25, help="probability of random erasing")
+    g.add_argument("--erase", type=flags.share, default=0.25, help="probability of random erasing")
     g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth while S trains")
     flags.training(p)
     return p.parse_args()
@@ -52,10 +52,12 @@ def parse():
 
 def warmup_cosine(optimizer, args, steps):
     """Linear from --warmup-lr, then cosine to --min-lr; stepped at every batch, `steps` of them an epoch."""
-    warm, total = max(1, round(args.warmup * steps)), args.epochs * steps
+    warm, total = round(args.warmup * steps), args.epochs * steps
     schedulers = torch.optim.lr_scheduler
-    rise = schedulers.LinearLR(optimizer, min(1.0, args.warmup_lr / args.lr), total_iters=warm)
     fall = schedulers.CosineAnnealingLR(optimizer, max(1, total - warm), eta_min=min(args.min_lr, args.lr))
+    if not warm:
+        return fall
+    rise = schedulers.LinearLR(optimizer, min(1.0, args.warmup_lr / args.lr), total_iters=warm)
     return schedulers.SequentialLR(optimizer, [rise, fall], [warm])
 
 

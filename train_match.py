@@ -40,15 +40,15 @@ def parse():
                         "removed ones black; imagenet: all by ImageNet's statistics, as in the authors' code")
     g.add_argument("--pool", choices=["max", "avg"],
                    help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
-    g.add_argument("--train-backbone", action="store_true", help="train all of S, as the text may be read")
+    g.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper can be read")
     g.add_argument("--epochs", type=flags.positive, default=60)
     g.add_argument("--lr", type=flags.number, default=6.4e-5,
-                   help="AdamW's rate as it is used, whatever --batch-size; authors: 5e-4 x batch / 512")
+                   help="AdamW's rate as it is used, whatever --batch-size; authors: 5.12e-4 x batch / 512")
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
-    g.add_argument("--min-scale", type=float, default=0.08, help="least share of the image in a crop")
+    g.add_argument("--min-scale", type=flags.fraction, default=0.08, help="least share of an image in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=True)
-    g.add_argument("--erase", type=float, default=0.25, help="probability of random erasing")
+    g.add_argument("--erase", type=flags.share, default=0.25, help="probability of random erasing")
     # From the authors' code, not in the paper: stochastic depth stays on in S's frozen backbone.
     g.add_argument("--drop-path", type=flags.share, default=0.1, help="stochastic depth while S trains")
     flags.training(p)
@@ -65,7 +65,10 @@ def main():
     folder = folders.Folder(args.data)
     clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
-    args.pool = S.pool
+    if S.maps_are_masks:
+        raise ValueError(f"{start} is a {type(S).__name__} of CLIMS's kind, whose maps are masks already: "
+                         "python -m hosts.train_clims trains it")
+    args.pool = S.pool                                        # as the file of S says: saved with this one
     class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
     u_f = clip.encode_text(class_texts)                                               # (C, D), once
 

@@ -56,9 +56,9 @@ def parse():
                    help="AdamW's rate as it is used, whatever --batch-size, from the authors' code")
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
-    g.add_argument("--min-scale", type=float, default=0.08, help="least share of the image in a crop")
+    g.add_argument("--min-scale", type=flags.fraction, default=0.08, help="least share of an image in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=False)
-    g.add_argument("--erase", type=float, default=0.0, help="probability of random erasing")
+    g.add_argument("--erase", type=flags.share, default=0.0, help="probability of random erasing")
     flags.training(p)
     return p.parse_args()
 
@@ -68,6 +68,7 @@ def encode_background(clip, S, images, b, k, args):
     """v_b = E_I((1 - M) X) of the pairs (b, k) of a batch, (P, D), and the mean of each mask (P,)."""
     maps, _ = S(images)                                                               # (B, C, h, w)
     maps = losses.resize_map(maps[b, k], clip.size)                                   # (P, H, W), CLIP's size
+    # CLIMS's maps are sigmoids, not scaled; its (a) and (c) are hosts/train_clims.py.
     masks = maps if S.maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
     _, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
     return clip.encode_normalized(x_b, fill=args.mask_fill), masks.mean((1, 2))
@@ -98,7 +99,8 @@ class StoredFeatures:
         chunks = [keys[n:n + size] for n in range(0, len(keys), size)]
         crops = samples.make_loader(loader.dataset, chunks, run, args.workers)
         encoded = encode_batches(crops, clip, S, args, run)
-        for chunk, (v_b, area, _, _) in zip(chunks, run.progress(encoded, f"{views} views", len(chunks))):
+        encoded = run.progress(encoded, f"{views} views", len(chunks))
+        for (v_b, area, _, _), chunk in zip(encoded, chunks):
             self.features[self.rows(chunk)] = torch.cat([v_b, area[:, None]], dim=1)
         run.sum(self.features)                                # rows of other ranks are zero
 

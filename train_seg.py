@@ -31,8 +31,8 @@ from plumbing import checkpoints, flags, folders, guard, networks, processes, sa
 from plumbing.masks import IGNORE
 from wsss import losses, texts
 
-# What each paper trains its network with; a toy network takes its big sister's. Differs from the papers where
-# they are silent, in VPL's optimizer, and in WeakTr's resizing and augmentation: docs/faithfulness.md.
+# What each paper trains its network with; a toy network takes those of its full-size kind. Not from the
+# papers: what they leave open, VPL's optimizer, WeakTr's resizing and augmentation (docs/faithfulness.md).
 PAPERS = {
     "deeplab": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "optimizer": "sgd", "lr": 2.5e-4,
                 "weight_decay": 5e-4, "crop": 321, "max_scale": 1.5},
@@ -179,10 +179,13 @@ def main():
         rsc = 0 * ce
         if decoder and args.lambda_rsc:
             _, coarse, V = predictions                                                # the grid's logits, V
+            # Differs from the paper: A is the softmax, not W^T V: a mean needs weights that are not negative.
             A = coarse.softmax(1)[:, 1:]                                              # (B, C, h, w)
             P = losses.region_embeddings(V, A)                                        # Eq. 12: (B, C, D)
-            B, present = loader.batch_sampler.batch_size, present_classes(masks, C)
-            P, present = run.gather(P, B), run.gather(present, B)                     # of all processes
+            # Differs from the paper: present is what the masks of the crops hold, not the image labels.
+            B = loader.batch_sampler.batch_size
+            present = run.gather(present_classes(masks, C), B)                        # of all processes
+            P = run.gather(P, B)
             rsc = losses.region_contrast(P, W, present, TAU_RSC)                      # Eq. 13
             loss = ce + args.lambda_rsc * rsc                                         # Eq. 14
 
@@ -192,9 +195,10 @@ def main():
         with torch.no_grad():
             label, target = outputs[-1].argmax(1), targets[-1]                        # (B, h, w) each
             known = target != IGNORE
+            own = known[:len(keeper.numbers)]                 # not the blank image that fills an empty share
             keeper.after(loss=loss, ce=ce, rsc=rsc, accuracy=run.mean((label == target).float(), known),
                          foreground=run.mean((label > 0).float(), known),
-                         scored=run.mean(known[:len(keeper.numbers)].float()))
+                         scored=run.mean(own.float()))                      # share with a label
     keeper.finish(model=network, classes=folder.classes, **facts)
 
 

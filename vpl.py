@@ -8,11 +8,11 @@ Writes  <out>/prototypes.pt, <out>/prototypes.last.pt (to resume), <out>/prototy
 
 1. The texts Z mark pixels: refined GradCAM maps (CLIP-ES) of every present class against the other present
    classes and all backgrounds. A pixel belongs to its strongest class where that map is at least --phi, else
-   to the background where 1 - map is, else to nothing.
-2. P' = softmax(x . Z / tau_T) over all columns, rows that are sure made one-hot; x: the pixel's value in the
-   last block, taken to CLIP's joint space.
+   to the background if 1 - map is at least --phi, else to neither.
+2. P' = softmax(x . Z / tau_T) over all columns, rows whose maximum exceeds --harden made one-hot; x: the
+   pixel's value in the last block, taken to CLIP's joint space.
 3. W starts at Z and minimises the mean of KL(P' || P), P = softmax(x . W / tau_I) over all columns, by
-   projected gradient descent.
+   projected gradient descent. The log's loss is the mean of -sum P' log P, larger by the entropy of P'.
 
 The gap is the distance between the mean of x and the mean of the prototypes, of Z before and of W after.
 Maps by W are those of the texts with W for Z and tau_I for tau_T: make_cam.py --source vision.
@@ -44,13 +44,15 @@ def parse():
     g.add_argument("--box", type=flags.share, default=0.4,
                    help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
     flags.max_side(g)
-    g.add_argument("--phi", type=flags.share, default=0.4, help="least map value of a marked pixel (Table 6)")
+    g.add_argument("--phi", type=flags.fraction, default=0.4,
+                   help="least map value of a marked pixel (Table 6)")
     g.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
                    help="mark background pixels too; --no-background-pixels: only the seeds of classes")
     # Differs from the paper: it sets no bound. VOC's train_aug has about 7 million patches of 16 pixels.
     g.add_argument("--max-pixels", type=flags.natural, default=4_000_000,
                    help="bound on marked pixels: each image keeps at most its share, drawn by chance; 0: all")
     g = p.add_argument_group("what W learns (VPL)")
+    # Differs from the paper: a patch's output is what GradCAM reads; values say better what lies at a patch.
     g.add_argument("--features", choices=["patch", "value"], default="value",
                    help="x: a patch's output, or its own value in the last block as MaskCLIP reads CLIP")
     g.add_argument("--pool", choices=["pixel", "region"], default="pixel",
@@ -169,6 +171,9 @@ def main():
     keeper = checkpoints.Keeper(run, args, "prototypes.pt", clip=args.clip)
     if keeper.finished:
         return
+    if not args.resume:                                       # what is interrupted now is gone on with
+        keeper.last.unlink(missing_ok=True)
+        keeper.path.unlink(missing_ok=True)
     folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels, classes = folder.labels(ids), folder.classes
@@ -200,8 +205,6 @@ def main():
     W, lr, norm, begin = Z.double(), args.lr, torch.inf, 0
     if args.modify_gap:                                                               # Liang et al. 2022
         W, begin = F.normalize(W + mean - W.mean(0), dim=1), args.steps
-    if not args.resume:
-        keeper.last.unlink(missing_ok=True)
     if keeper.last.exists() and not args.modify_gap:
         state = checkpoints.load(keeper.last, "descent", classes, run.device)
         checkpoints.same_recipe(keeper.last, state["args"], args)
@@ -216,7 +219,8 @@ def main():
         before = W
         W, lr, norm = losses.prototype_step(before, gradient, lr, norm)               # Eq. 11
 
-        shown, stopping = step == 1 or step % args.log_every == 0 or step == args.steps, run.stopping()
+        shown = step in (1, args.steps) or step % args.log_every == 0
+        stopping = run.stopping()
         save_now = stopping or step % args.save_every == 0
         if (shown or save_now) and not ((W.norm(dim=1) - 1).abs() < 1e-3).all():      # NaN, or an overflow
             raise ValueError(f"after step {step} the prototypes are not of unit length: take a smaller --lr "

@@ -50,9 +50,9 @@ def parse():
     g.add_argument("--lr-prompts", type=flags.number, default=0.025, help="AdamW's rate for the prompts")
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
-    g.add_argument("--min-scale", type=float, default=0.08, help="least share of the image in a crop")
+    g.add_argument("--min-scale", type=flags.fraction, default=0.08, help="least share of an image in a crop")
     g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=True)
-    g.add_argument("--erase", type=float, default=0.25, help="probability of random erasing")
+    g.add_argument("--erase", type=flags.share, default=0.25, help="probability of random erasing")
     g.add_argument("--drop-path", type=flags.share, default=0.1,
                    help="stochastic depth of a DeiT while S trains")
     flags.training(p)

@@ -67,7 +67,7 @@ def parse():
     g.add_argument("--momentum", type=flags.share, default=1e-4, help="SGD's momentum")
     g.add_argument("--weight-decay", type=flags.number, default=1e-4)
     g.add_argument("--crop", type=flags.positive, default=512, help="side of the random crop in pixels")
-    g.add_argument("--min-scale", type=float, default=0.5, help="least share of the image in a crop")
+    g.add_argument("--min-scale", type=flags.fraction, default=0.5, help="least share of an image in a crop")
     flags.training(p)
     return p.parse_args()
 

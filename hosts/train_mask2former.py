@@ -42,9 +42,9 @@ def parse():
     g.add_argument("--weight-decay", type=flags.number, default=0.05)
     g.add_argument("--crop", type=flags.positive, default=512,
                    help="side of the random crop in pixels, a multiple of 32")
-    g.add_argument("--min-scale", type=float, default=0.5,
+    g.add_argument("--min-scale", type=flags.above_zero, default=0.5,
                    help="before the crop, an image is resized by a random factor from this ...")
-    g.add_argument("--max-scale", type=float, default=2.0, help="... to this")
+    g.add_argument("--max-scale", type=flags.above_zero, default=2.0, help="... to this")
     flags.training(p)
     args = p.parse_args()
     if args.crop % mask2former.Mask2Former.stride:

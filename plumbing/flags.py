@@ -109,6 +109,13 @@ def share(text):
     return value
 
 
+def fraction(text):
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not in (0, 1]")
+    return value
+
+
 # ---------------------------------------------------------------- what is kept of them
 
 def plain(args):

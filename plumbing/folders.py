@@ -41,6 +41,8 @@ class Folder:
                                     "(make_toy.py makes one, prepare_data.py prepares VOC and COCO)")
         self.classes = read_names(self.root / "classes.txt") or list(VOC_CLASSES)
         self.backgrounds = read_names(self.root / "backgrounds.txt")
+        if both := set(self.classes) & set(self.backgrounds or ()):
+            raise ValueError(f"{self.root / 'backgrounds.txt'}: {min(both)} is a class here, take it out")
         self._labels = None
 
     # -- lists

@@ -154,6 +154,9 @@ def test_classes_default_to_voc(voc):
     folder = folders.Folder(voc)
     assert len(folder.classes) == 20 and folder.classes[::19] == ["aeroplane", "tvmonitor"]
     assert folder.backgrounds == ["sky", "rails"]
+    (voc / "backgrounds.txt").write_text("sky\nsheep\n")
+    with pytest.raises(ValueError, match="backgrounds.txt: sheep is a class here, take it out"):
+        folders.Folder(voc)
 
 
 @pytest.mark.parametrize("text,word", [

@@ -1,5 +1,6 @@
 """The four SemPLeS stages as commands on a tiny world of VOC's classes: each script's own step against
 Eq. 1-3, what trains and what rests, resumed against uninterrupted, two processes against one."""
+import argparse
 import json
 import math
 import os
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from conftest import arguments, call, make_folder, refused, rows, run_together, same, weights
 
+import train_cls
 from plumbing import checkpoints, folders, log, networks, processes, samples
 from wsss import clip_model, generator
 
@@ -332,7 +334,28 @@ def test_missing_and_wrong_inputs_are_one_line(world, tmp_path, tiny_clip):
     make_folder(tmp_path / "other", classes=folders.VOC_CLASSES[::-1])
     done = line("train_match.py", empty, "--init", out / "cls.pt", "--data", tmp_path / "other")
     refused(done, "cls.pt was trained on other classes")
+    torch.save(networks.new_generator("clims_toy", 20, "none").state_dict(), tmp_path / "clims.pt")
+    for script, more in (("train_match.py", []), ("train_refine.py", ["--prompts", "random"])):
+        refused(line(script, empty, "--init", tmp_path / "clims.pt", *more),
+                "clims.pt is a ToyClims of CLIMS's kind", "python -m hosts.train_clims")
     assert os.listdir(empty) == []
+    done = line("train_match.py", out, "--min-scale", "3")
+    assert done.returncode == 2 and "--min-scale: 3 is not in (0, 1]" in done.stderr
+
+
+def test_the_classifiers_rate_rises_then_falls():
+    """4 steps an epoch; 2 epochs of warm-up, or none."""
+    for warmup, want in ((2, [0.1 + 0.9 * n / 8 for n in range(8)]), (0, [])):
+        args = argparse.Namespace(lr=1.0, warmup_lr=0.1, warmup=warmup, min_lr=0.2, epochs=6)
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], args.lr)
+        schedule, found = train_cls.warmup_cosine(optimizer, args, 4), []
+        for _ in range(24):
+            found.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            schedule.step()
+        left = 24 - len(want)
+        want = want + [0.2 + 0.8 * (1 + math.cos(math.pi * n / left)) / 2 for n in range(left)]
+        assert found == pytest.approx(want)
 
 
 # ---------------------------------------------------------------- two processes

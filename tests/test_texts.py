@@ -39,6 +39,7 @@ def test_backgrounds_of_voc_and_coco():
     voc, coco = texts.backgrounds(VOC_CLASSES), texts.backgrounds(COCO_CLASSES)
     assert len(voc) == 25 and set(voc) - set(coco) == {"keyboard", "sign"} and len(coco) == 23
     assert not set(coco) & set(COCO_CLASSES) and not set(voc) & set(VOC_CLASSES)
+    assert set(voc) - set(texts.backgrounds(["tree", "road", "cat"])) == {"tree", "road"}
     voc, coco = texts.clims_backgrounds(VOC_CLASSES), texts.clims_backgrounds(COCO_CLASSES)
     assert len(voc) == 10 and len(coco) == len(set(coco)) == 88 and not set(coco) & set(COCO_CLASSES)
     assert texts.clims_backgrounds(["train", "toothbrush"]) == voc

@@ -270,6 +270,24 @@ def test_finished_is_skipped_another_recipe_refused_and_features_read_again(worl
     refused(done, "features was made with --features value (now patch)")
 
 
+def test_an_interrupted_no_resume_goes_on_and_leaves_no_old_prototypes(world, tmp_path, monkeypatch):
+    vpl(world, tmp_path, "--steps", "5")
+    step, calls = losses.prototype_step, []
+
+    def strike(*args):
+        calls.append(1)
+        if len(calls) == 8:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(losses, "prototype_step", strike)
+        done = call(*line("vpl.py", world, tmp_path, "--no-resume"))
+    assert done.returncode > 128 and not (tmp_path / "prototypes.pt").exists()
+    resumed, uninterrupted = vpl(world, tmp_path), read(world / "out")
+    assert torch.equal(resumed["model"]["prototypes"], uninterrupted["model"]["prototypes"])
+
+
 def test_refused_in_one_line(world, tmp_path, tiny_clip):
     def refuses(words, *more, where=world, out=tmp_path / "out", script="vpl.py"):
         refused(call(*line(script, where, out, *more)), words)
@@ -282,9 +300,13 @@ def test_refused_in_one_line(world, tmp_path, tiny_clip):
     torch.save(state, tmp_path / "large.pt")
     refuses("features of a_1 are not finite", "--clip", tmp_path / "large.pt", out=tmp_path / "new")
     maps = ["--source", "vision", "--cam", "x"]
+    assert call(*line("make_cam.py", world, world / "out", *maps)).returncode == 0
+    assert json.loads((world / "out/x.json").read_text())["args"]["tau_i"] == 0.03   # that of the prototypes
     refuses("prototypes.pt is missing: run vpl.py", *maps, script="make_cam.py")
     refuses("was learned with another --clip", *maps, "--clip", tmp_path / "other.pt", out=world / "out",
             script="make_cam.py")
+    done = call(*line("vpl.py", world, tmp_path, "--phi", "0"))        # no map at all would mark class 0
+    assert done.returncode == 2 and "--phi: 0 is not in (0, 1]" in done.stderr
     fog = make_world(tmp_path / "fog", tiny_clip)
     (fog / "data/backgrounds.txt").write_text("fog\n")
     refuses("was learned with other backgrounds", *maps, where=fog, out=world / "out", script="make_cam.py")

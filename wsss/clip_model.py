@@ -164,13 +164,13 @@ def read_token(blocks, x, at, hidden=None):
 
 
 class BackgroundPrompts(nn.Module):
-    """SemPLeS 3.2.2, u_k^b = E_T(p_k): per class L learned vectors in "SOS a photo of [p_1 .. p_L] . EOS".
+    """SemPLeS 3.2.2, u_k^b = E_T(p_k): per class L learned vectors in "SOS a photo of [v_1 .. v_L] . EOS".
 
     `vectors` (C, L, width) is all that trains and all that is saved. CLIP must already be on its device."""
 
     def __init__(self, clip, num_classes, length=30, init="uniform"):
         super().__init__()
-        self.hidden = (clip.model,)  # in a tuple: CLIP is in no state dict or DDP bucket
+        self.frozen = (clip.model,)  # in a tuple: CLIP is in no state dict or DDP bucket
         embedding = clip.model.token_embedding
         most = clip.model.context_length - 6
         if length > most:
@@ -196,7 +196,7 @@ class BackgroundPrompts(nn.Module):
         vectors = self.vectors if classes is None else self.vectors.index_select(0, classes)
         n, length, _ = vectors.shape
         if n == 0:                                            # a rank without a pair: still a graph for DDP
-            width = self.hidden[0].text_projection.shape[1]
+            width = self.frozen[0].text_projection.shape[1]
             return vectors.new_zeros(0, width) + vectors.flatten(1).sum(1, keepdim=True)
         x = torch.cat([self.start.expand(n, -1, -1), vectors, self.end.expand(n, -1, -1)], dim=1)
-        return run_text_tower(self.hidden[0], x, torch.full((n,), 5 + length, device=x.device))
+        return run_text_tower(self.frozen[0], x, torch.full((n,), 5 + length, device=x.device))

@@ -214,7 +214,8 @@ def deit_from_state(state, pool="max", drop_path=0.1):
 
 
 class Ignored:
-    """Stands for what public trainers keep beside the weights: arguments, numbers of numpy. None is made."""
+    """Stands for what public trainers keep beside the weights, arguments and numbers of numpy: none of these
+    objects is rebuilt."""
 
     def __init__(self, *_):
         pass

@@ -47,6 +47,7 @@ def split_regions(images, masks):
 
 def similarity(a, b, eps=1e-4):
     """SemPLeS 4.2, sim: the cosine clamped to [eps, 1 - eps]; no gradient outside.   (P, D) x2 -> (P,)"""
+    # Differs from the paper: it clamps at the lower end only; 1 - sim needs both, as in the authors' code.
     a, b = at_least_float32(a), at_least_float32(b)
     return F.cosine_similarity(a, b, dim=-1).clamp(eps, 1 - eps)
 
@@ -231,9 +232,9 @@ def region_contrast(regions, w, labels, tau):
 def clamp_losses(ce, known, start=1.2, tile=120, total=lambda sums: sums):
     """WeakTr, gradient clipping: once mean < start, ce <- min(ce, max(tile mean, mean)).   (B, H, W) -> same
 
-    `mean` is over all pixels, `tile mean` over a tile x tile square in all images of the batch. A clamped
-    pixel has no gradient: its label is probably wrong. `known` (B, H, W) bool: the pixels that have a label.
-    `total` adds up the sums of several processes.
+    `mean` is over all labelled pixels, `tile mean` over those of a tile x tile square, in all images of the
+    batch. A clamped pixel has no gradient: its label is probably wrong. `known` (B, H, W) bool: the pixels
+    that have a label. `total` adds up the sums of several processes.
     """
     # Differs from the paper: WeakTr's code counts pixels without a label in the means, with a loss of 0.
     ce = at_least_float32(ce)

@@ -72,7 +72,7 @@ class DeepLabV2(nn.Module):
 
     def freeze_batchnorm(self):
         """For a pre-trained start: BatchNorm keeps what it has, for any number of processes."""
-        # From the authors' code, not in the paper: (DeepLab-v2's) scales and shifts are frozen too.
+        # From the authors' code, not in the paper: DeepLab-v2's freezes scales and shifts, too.
         self.batchnorm_trains = False
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
@@ -296,10 +296,9 @@ class ClipDecoder(nn.Module):
             x = layer(x)
         v = self.project(x).float()                                                   # (B, N, D)
         with torch.autocast(images.device.type, enabled=False):  # 1 / tau is large: float32
-            if self.kind == "raw":
-                logits = v @ self.prototypes.T                                        # (B, N, M)
-            else:
-                logits = F.normalize(v, dim=-1) @ self.prototypes.T / self.tau
+            x = v if self.kind == "raw" else F.normalize(v, dim=-1) / self.tau
+            logits = x @ self.prototypes.T                                            # (B, N, M)
+        # Differs from the paper, which names no background column: those of W are one, by logsumexp.
         background = logits[..., self.num_classes:].logsumexp(-1, keepdim=True)
         coarse = torch.cat([background, logits[..., :self.num_classes]], -1)          # (B, N, 1 + C)
         coarse = coarse.transpose(1, 2).unflatten(2, (h, w))

@@ -1,7 +1,7 @@
-"""What CLIP's text encoder reads: aliases, synonyms, templates, backgrounds. Names are part of the methods.
+"""What CLIP's text encoder reads: aliases, synonyms, templates, backgrounds.
 
-SemPLeS's aliases are for VOC's twenty classes as a whole. CLIP-ES's synonyms go by the name alone, in any
-data set. All other names are taken as they are.
+SemPLeS's aliases are used only where the classes are VOC's twenty; CLIP-ES's synonyms go by the name alone,
+in any data set. All other names are taken as they are.
 """
 
 # From the authors' code, not in the paper: SemPLeS and CLIMS do not feed VOC's names, which CLIP's tokenizer
@@ -76,8 +76,9 @@ def clims_backgrounds(classes):
 
 
 def backgrounds(classes):
-    """CLIP-ES's background names: VOC's 25; for the 80 classes of COCO without keyboard and sign."""
-    return [name for name in VOC_BACKGROUNDS if not (is_coco(classes) and name in ("keyboard", "sign"))]
+    """CLIP-ES's background names: VOC's 25 without what is a class here; for COCO also without sign."""
+    names = [name for name in VOC_BACKGROUNDS if name not in classes]
+    return [name for name in names if not (is_coco(classes) and name == "sign")]
 
 
 def prompt_texts(classes, backgrounds, prompt="ensemble"):
