@@ -16,7 +16,7 @@ the others are listed. Every score carries its protocol. The threshold is fixed 
 of them against the truth, in one pass, and says so in the protocol: such a number uses pixel labels and is
 not a weakly-supervised result. predict.py predicts photographs, or VOC's test split for its server.
 
-    python eval.py --data data/toy --out runs/toy --split train --what cam --threshold 0.43
+    python eval.py --data data/toy --out runs/toy --split train --what cam --cam cam_refine --threshold 0.4
     python eval.py --data /data/VOC2012 --out runs/voc --split val --what seg --save
     python eval.py --data /data/VOC2012 --out runs/voc --split val --what masks --pred results
 """
@@ -167,7 +167,7 @@ def score_network(args, folder, ids, run):
     if run.main:
         never = [name for name, n in zip(folder.classes, pixels[1:]) if n == 0]
         print(f"{100 * (1 - pixels[0] / sum(pixels)):.1f} % foreground; never predicted: "
-              f"{', '.join(never) or 'no class'}")
+              f"{', '.join(never) or 'none'}")
     return total
 
 

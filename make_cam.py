@@ -6,7 +6,7 @@ Reads   images and image labels of --data; cls.pt, match.pt or refine.pt of <out
         text, vision: CLIP; vision: <out>/prototypes.pt
 Writes  <out>/cam/<id>.npy: float16 (P, h, w), a row per present class, ascending, in [0, 1]
         <out>/sheets/cam_<n>.png: images, maps and, where there is one, the truth, to look at
-        <out>/cam_<format>/: with --format, what IRN, PSA/WeakTr, CLIP-ES and FMA-WSSS read
+        <out>/<cam>_<format>/: with --format, what IRN, PSA/WeakTr, CLIP-ES and FMA-WSSS read
         <out>/cam.json, last: arguments, texts and counts
 
 Maps of S are added over scales and flips, then min-max scaled; those of CLIP are of the image as it is, as in
@@ -177,7 +177,8 @@ def main():
             "source": args.init or args.source, "weights": weights, "classes": folder.classes, "texts": shown,
             "scales": args.scales, "flip": args.flip, "images": len(ids), "maps": int(labels.sum()),
             "args": flags.plain(args), "versions": log.versions()})
-    run.close(f"{where}: {len(ids)} images, {int(labels.sum())} maps of {args.source}")
+    also = f"; for {args.format} in {exported}" if args.format else ""
+    run.close(f"{where}: {len(ids)} images, {int(labels.sum())} maps of {args.source}{also}")
 
 
 if __name__ == "__main__":

@@ -181,7 +181,7 @@ def main():
     if run.main:
         files.save_json(args.out / f"{args.pseudo}.json", found)
     foreground = 1 - found["share"]["background"] - found["ignored"]
-    never = ", ".join(found["never_predicted"]) or "no class"
+    never = ", ".join(found["never_predicted"]) or "none"
     run.close(f"{where}: {len(ids)} masks, {100 * foreground:.1f} % foreground, {100 * found['ignored']:.1f} "
               f"% ignored; present but never predicted: {never}"
               + (f"; {bare} without segments, masked as without --segments" if args.segments else ""))

@@ -88,13 +88,19 @@ class Photos:
 
 
 def keep_names(path, paths, resume):
-    """Which image each prediction is of: two of one name, of two calls, are not taken for each other."""
+    """Which image each prediction is of: two of one name, of two calls, are not taken for each other, and one
+    that has changed is predicted again."""
     known = files.read_json(path) if path.exists() and resume else {}
     for id, image in paths.items():
-        if known.get(id, image) != image:
-            raise ValueError(f"{path.parent / id}.png is of {known[id]}, not of {image}: rename one, or give "
-                             "another --out")
-    files.save_json(path, {**known, **paths})
+        now = [str(image.resolve()), image.stat().st_mtime_ns]
+        before = known.get(id, now)
+        if before[0] != now[0]:
+            raise ValueError(f"{path.parent / id}.png is of {before[0]}, not of {now[0]}: rename one, or "
+                             "give another --out")
+        if before != now:
+            (path.parent / f"{id}.png").unlink(missing_ok=True)
+        known[id] = now
+    files.save_json(path, known)
 
 
 def finish(id, image, probability, path, args, classes, where, device="cpu"):
@@ -167,8 +173,7 @@ def main():
     checkpoints.open_folder(where, args, run, FREE, classes=classes, data=source.name)
 
     if args.images and run.main:
-        paths = {id: str(path.resolve()) for id, path in folder.paths.items()}
-        keep_names(where / "photos.json", paths, args.resume)
+        keep_names(where / "photos.json", folder.paths, args.resume)
     run.barrier()
     endings = ("png", "npy")[:1 + args.save_prob]
     todo = [id for id in run.shard(ids) if not all((where / f"{id}.{ending}").exists() for ending in endings)]

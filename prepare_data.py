@@ -66,7 +66,7 @@ def parse():
     commands = p.add_subparsers(dest="command", required=True)
 
     def add_command(name, function, text):
-        c = commands.add_parser(name, help=text, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        c = commands.add_parser(name, help=text, formatter_class=flags.Manual)
         c.set_defaults(function=function)
         c.add_argument("--workers", type=flags.natural, default=4, help="processes; 0: none besides this one")
         return c
@@ -436,6 +436,9 @@ def read_labels_txt(path, classes, found):
         id, *names = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
         names = [name.replace(" ", "_") for name in names if name]
         unknown = [name for name in names if name not in index]
+        if id.endswith(","):
+            found["bad label"].append(f"{where}: no commas: blanks or tabs part the fields")
+            continue
         if not attempt(found["bad id"], folders.check_id, id, where):
             continue
         if id in labels:
@@ -515,6 +518,9 @@ def check_folder(args):
     if labels is None:
         labels = read_labels(folder, ids, found)
     images = files_by_id(folder.root / "JPEGImages", *IMAGE_ENDINGS)
+    for path in sorted((folder.root / "JPEGImages").iterdir()):
+        if path.suffix in IMAGE_ENDINGS and images.get(path.stem, path) != path:
+            found["warning: two images"].append(f"{path} is not used, {images[path.stem].name} is")
     masks = {id: folder.mask_path(id) for id in ids if folder.has_mask(id)}
     find_missing(folder, splits, images, masks, labels, found)
     jobs = [(images.get(id), masks.get(id), labels.get(id), folder.classes) for id in ids]
@@ -540,7 +546,8 @@ def print_findings(args, found, classes):
             print(f"{kind}: ... and {len(found[kind]) - args.show:,} more (--show 0: all)")
     doubts = sum(len(lines) for kind, lines in found.items() if kind.startswith("warning"))
     problems = sum(map(len, found.values())) - doubts
-    print(f"{args.data}: {classes} classes, {problems or 'no'} problem{'s' * (problems != 1)}, "
+    note = "" if (args.data / "classes.txt").exists() else " (no classes.txt: VOC's)"
+    print(f"{args.data}: {classes} classes{note}, {problems or 'no'} problem{'s' * (problems != 1)}, "
           f"{doubts or 'no'} warning{'s' * (doubts != 1)}")
     if problems:
         sys.exit(1)

@@ -154,6 +154,9 @@ def draw_scores(args, folder, found):
         "mIoU from one confusion matrix over all pixels of the split, background counted. A number is worth "
         "what its protocol says: compare rows of one protocol.")
     listed = [(results.label(name), score) for results in found for name, score in results.scores]
+    if not listed and not any(map(folder.has_mask, folder.ids(args.split, args.limit))):
+        line = f"No scores: of the split {args.split} there are no true masks."
+        return page.section(*head, tag("p", esc(line), kind="missing"))
     if not listed:
         return page.section(*head, missing(args, "scores", "eval.py", "--split", args.split, "--what", "cam"))
     rows = [["what", "mIoU", "pixel accuracy"]]
@@ -364,9 +367,11 @@ def draw_regions(args, folder, found, run):
                  f"between classes; axes hold {100 * share:.0f} %")
         drawing = page.scatter(flat.numpy(), owners.numpy(), marks.numpy(), folder.classes)
         panels.append(tag("figure", tag("figcaption", title, facts), drawing, kind="panel"))
-    if not panels:
+    if not panels and (found[-1].out / "prototypes.pt").exists():
         more = ("--split", args.split, "--model", "clip_decoder")
         parts.append(missing(args, "clip_decoder", "train_seg.py", *more, out=found[-1].out))
+    elif not panels:
+        parts.append(missing(args, "prototypes", "vpl.py", "--split", args.split, out=f"{args.out}_vpl"))
     note = ("The regions of each class in an image (VPL Eq. 12) in the decoder's space, on the two principal "
             "axes of the points; diamonds are vision prototypes W (VPL Fig. 4, there by t-SNE). To see both, "
             "train a second decoder with --lambda-rsc 0 and give its folder to --vpl.")

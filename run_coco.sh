@@ -17,6 +17,7 @@
 # SAM, SWIN       names or folders of a SAM and of Mask2Former's Swin, as transformers has them
 # START=none      no ImageNet weights: what is otherwise downloaded
 
+[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 if [ -z "${COCO:-}" ]; then
     echo "run_coco.sh: no COCO given: download train2014.zip, val2014.zip and annotations_trainval2014.zip" \
         "(cocodataset.org), unpack them in one folder, COCO=that/folder bash run_coco.sh" \

@@ -3,6 +3,7 @@
 #   bash run_toy.sh          data in data/toy, results in runs/toy; flags that all scripts share may follow
 #   SEED=1 bash run_toy.sh   another seed, in runs/toy_seed1
 #   LOOK=1 bash run_toy.sh   24 images, one epoch a stage, in data/toy_look and runs/toy_look: a check
+[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 
 SEED=${SEED:-0} name=toy${LOOK:+_look}

@@ -18,6 +18,7 @@
 # SAM, SWIN       names or folders of a SAM and of Mask2Former's Swin, as transformers has them
 # START=none      no ImageNet weights: what is otherwise downloaded
 
+[ "${1:-}" != --help ] || exec sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"
 if [ -z "${VOC:-}" ]; then
     echo "run_voc.sh: no VOC given, so this runs on the toy world. For VOC 2012: download" \
         "VOCtrainval_11-May-2012.tar (host.robots.ox.ac.uk/pascal/VOC/voc2012) and SBD's benchmark.tgz," \

@@ -68,6 +68,7 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
+    ids = folder.ids(args.split, args.limit)
     if args.init:
         S = networks.load_generator(args.init, run, folder.classes, args.pool)
         args.pool = S.pool
@@ -78,7 +79,6 @@ def main():
     S = S.to(run.device)
     args.pool = S.pool
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
-    ids = folder.ids(args.split, args.limit)
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     trained = generator.parameters_to_train(S, args.train_backbone)
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)

@@ -63,17 +63,17 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
-    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
+    ids = folder.ids(args.split, args.limit)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     if S.maps_are_masks:
         raise ValueError(f"{start} is a {type(S).__name__} of CLIMS's kind, whose maps are masks already: "
                          "python -m hosts.train_clims trains it")
     args.pool = S.pool                                        # as the file of S says: saved with this one
+    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
     u_f = clip.encode_text(class_texts)                                               # (C, D), once
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
-    ids = folder.ids(args.split, args.limit)
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     trained = generator.parameters_to_train(S, args.train_backbone)
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)

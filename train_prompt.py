@@ -126,16 +126,16 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
-    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
+    ids = folder.ids(args.split, args.limit)
     S = networks.load_generator(start, run, folder.classes, args.pool).eval().requires_grad_(False)
     args.pool = S.pool
+    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
     u_f = clip.encode_text(class_texts)                                               # (C, D), once
     processes.seed_all(args.seed)                             # whatever loading S has drawn
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
-    ids = folder.ids(args.split, args.limit)
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))

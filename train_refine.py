@@ -71,12 +71,13 @@ def main():
     if keeper.finished:
         return
     folder = folders.Folder(args.data)
-    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
+    ids = folder.ids(args.split, args.limit)
     S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
     if S.maps_are_masks:
         raise ValueError(f"{start} is a {type(S).__name__} of CLIMS's kind, whose maps are masks already: "
                          "python -m hosts.train_clims trains it")
     args.pool = S.pool                                        # as the file of S says: saved with this one
+    clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     if args.prompts == "learned":
         prompts = networks.load_prompts(args, clip, folder.classes)
     else:                                                     # Table 5: as initialised, on all ranks the same
@@ -89,7 +90,6 @@ def main():
         u_b = prompts()                                       # (C, D), once: p_k are fixed
 
     augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
-    ids = folder.ids(args.split, args.limit)
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     trained = generator.parameters_to_train(S, args.train_backbone)
     optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=args.weight_decay)

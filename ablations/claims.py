@@ -22,7 +22,7 @@ from plumbing import files, flags, guard
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Manual)
+    p = argparse.ArgumentParser(flags.program(), description=__doc__, formatter_class=flags.Manual)
     p.add_argument("--runs", type=Path, default=files.ROOT / "runs", help="where the tables keep their pairs")
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     return p.parse_args()
@@ -137,6 +137,8 @@ CLAIMS = [  # claim; the paper's figures, VOC; folder of the table; its tests
 
 def judge(root, claim, paper, folder, tests):
     texts, answers = zip(*(test(root / folder, *names) for test, *names in tests))
+    if "not measured" in texts:
+        return [claim, paper, "; ".join(texts), "not measured"]
     verdict = "yes" if all(answers) else "in part" if any(answers) else "no"
     return [claim, paper, "; ".join(texts), verdict]
 
@@ -145,7 +147,8 @@ def main():
     args = parse()
     lines = [judge(args.runs, *claim) for claim in CLAIMS]
     verdicts = [line[-1] for line in lines]
-    count = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in ("yes", "in part", "no"))
+    kinds = "yes", "in part", "no", "not measured"
+    count = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts)
     text = f"{pairs.markdown(['claim', 'paper (VOC)', 'toy', 'shows?'], lines)}\n\n{count}."
     print(text)
     if args.write:

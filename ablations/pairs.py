@@ -98,7 +98,7 @@ def link(path, out):
 # ---------------------------------------------------------------- a study: flags, jobs, the table
 
 def parser(doc, out, pairs, first_draw):
-    p = argparse.ArgumentParser(description=doc, formatter_class=flags.Manual)
+    p = argparse.ArgumentParser(flags.program(), description=doc, formatter_class=flags.Manual)
     p.add_argument("--out", type=Path, default=files.ROOT / out)
     p.add_argument("--pairs", type=flags.positive, default=pairs)
     p.add_argument("--first-draw", type=flags.natural, default=first_draw,

@@ -10,7 +10,8 @@ joint        S and fresh prompts train at once, by L_match + lambda L_refine + L
 alternate    (c) as train_refine.py; then (b) with the new S and (c) with the new prompts, until there are
              --rounds rounds of (c). Each has --epochs epochs. One round is train_refine.py.
 
-    python -m ablations.schemes --data data/toy --out runs/joint --scheme joint --init runs/toy/cls.pt
+    python -m ablations.schemes --data data/toy --out runs/joint --scheme joint --init runs/toy/cls.pt \
+        --split train --clip data/toy/clip.pt
     python -m ablations.schemes --data /data/VOC2012 --out runs/voc --scheme alternate --rounds 2
 """
 import argparse

@@ -26,7 +26,7 @@ THRESHOLD = .4                           # fixed before measuring; draws 5 and 1
 
 
 def parse():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=flags.Manual)
+    p = argparse.ArgumentParser(flags.program(), description=__doc__, formatter_class=flags.Manual)
     p.add_argument("--clip", type=Path, default=files.ROOT / "weights/toy_clip.pt",
                    help="that of weights/, or the clip.pt of a data folder")
     p.add_argument("--draws", type=int, nargs="+", default=[11, 12, 13], help="seeds of the images")

@@ -5,12 +5,11 @@ from unittest import mock
 
 import numpy as np
 import torch
-from clip.model import CLIP
 from PIL import Image
 
 from bench import tables
 from plumbing import checkpoints, masks, samples
-from wsss import generator
+from wsss import clip_model, generator
 
 CLASSES = 20                                                  # as many as VOC's
 TEXT = {"context_length": 77, "vocab_size": 49408, "transformer_width": 512, "transformer_heads": 8,
@@ -22,7 +21,7 @@ def random_clip(patch=32, **sizes):
     torch.manual_seed(0)
     image = {"embed_dim": 512, "image_resolution": 224, "vision_layers": 12, "vision_width": 768,
              "vision_patch_size": patch}
-    return CLIP(**{**image, **TEXT, **sizes})
+    return clip_model.openai().model.CLIP(**{**image, **TEXT, **sizes})
 
 
 def save_networks(root, classes=CLASSES):

@@ -25,7 +25,7 @@ PAGE = files.ROOT / "docs/benchmarks.md"
 
 
 def parser(doc):
-    p = argparse.ArgumentParser(description=doc, formatter_class=flags.Manual)
+    p = argparse.ArgumentParser(flags.program(), description=doc, formatter_class=flags.Manual)
     p.add_argument("--write", action="store_true",
                    help="put the table between its marks in docs/benchmarks.md")
     return p

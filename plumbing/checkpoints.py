@@ -230,7 +230,8 @@ class Keeper:
         """Writes the finished weights, of a module or as they are; all ranks leave together."""
         if self.run.main:
             state = model if isinstance(model, dict) else processes.unwrap(model).state_dict()
-            save(self.path, stage=self.stage, model=state, classes=classes, args=flags.plain(self.args),
+            # Of the flags the recipe alone: equal results are equal files.
+            save(self.path, stage=self.stage, model=state, classes=classes, args=flags.recipe(self.args),
                  **more)
         self.run.close(f"{self.path} is finished")
 

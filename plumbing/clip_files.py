@@ -78,7 +78,7 @@ def read(path, published, gelu=None):
     if kind in ("transformers'", "open_clip's") and not (gelu or described):
         raise ValueError(f"{path}: {kind} weights without their config do not say which GELU they were "
                          "trained with: give --clip-gelu plain (open_clip's default) or quick (OpenAI's)")
-    assumed = ", assumed: --clip-gelu" if kind == "a state dict" and gelu is None else ""
+    assumed = " (assumed; else --clip-gelu plain)" if kind == "a state dict" and gelu is None else ""
     gelu = gelu or described or "quick"
     kind += f", {'QuickGELU' if gelu == 'quick' else 'plain GELU'}{assumed}"
     return state, gelu, pixels if pixels and all(pixels) else None, kind, notes

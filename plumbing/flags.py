@@ -3,6 +3,7 @@
 A stage lists the flags of its paper itself.
 """
 import argparse
+import sys
 from pathlib import Path
 
 PRECISIONS = ("auto", "bf16", "fp16", "off")
@@ -14,15 +15,27 @@ NOT_THE_RECIPE = ("data", "out", "workers", "device", "deterministic", "resume",
 class Manual(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands, and the default of every flag that has one."""
 
+    def add_argument(self, action):
+        if action.help is None and action.default not in (None, False):
+            action.help = "default: %(default)s"
+        super().add_argument(action)
+
     def _get_help_string(self, action):
         return action.help if action.default in (None, False) else super()._get_help_string(action)
+
+
+def program():
+    """How a module of a folder was called, for its usage line; None of a script: argparse knows."""
+    spec = sys.modules["__main__"].__spec__
+    room = spec and spec.name.split(".")[0]
+    return f"python -m {spec.name}" if room in ("hosts", "ablations", "bench") else None
 
 
 def parser(doc, split="train_aug", batch_size=1, data=True):
     """The flags that all scripts share; the docstring of the script is its manual page.
 
     data=False: --data may be left out."""
-    p = argparse.ArgumentParser(description=doc, formatter_class=Manual)
+    p = argparse.ArgumentParser(program(), description=doc, formatter_class=Manual)
     g = p.add_argument_group("machine, shared by all scripts")
     g.add_argument("--data", type=Path, required=data,
                    help="data folder in VOC layout (prepare_data.py check DIR says what is wrong with one)")

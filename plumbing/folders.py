@@ -55,8 +55,9 @@ class Folder:
         elif split == "train" and self.unlisted():
             ids = list(read_label_list(self.root / "labels.txt", self.classes))
         elif not path.exists():
-            there = ", ".join(sorted(p.stem for p in path.parent.glob("*.txt")))
-            raise FileNotFoundError(f"{path} is missing: --split is one of {there or 'no list at all'}")
+            there = sorted(p.stem for p in path.parent.glob("*.txt")) + ["train"] * self.unlisted()
+            choice = f"--split is one of {', '.join(there)}" if there else "write it, or labels.txt"
+            raise FileNotFoundError(f"{path} is missing: {choice}")
         else:
             ids = [parse_id(line, path) for line in files.read_lines(path) if line.strip()]
         if not ids:

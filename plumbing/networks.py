@@ -58,7 +58,7 @@ def open_openais(name):
         if "SHA256" in str(error):                            # what was downloaded is another file
             place.unlink(missing_ok=True)
         raise FileNotFoundError(f"CLIP {name}: download failed ({error}); put {file} into {place.parent}, "
-                                "or pass the path of the file") from None
+                                "or give --clip its path") from None
 
 
 def load_prompts(args, clip, classes):

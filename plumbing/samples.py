@@ -1,6 +1,7 @@
 """Datasets and loaders: whole images in batches of one size, augmented training samples, batches over all
 ranks."""
 import math
+import warnings
 from functools import partial
 from itertools import groupby
 from multiprocessing.pool import ThreadPool
@@ -43,6 +44,10 @@ class WholeImages(Dataset):
             group = list(group)
             count = batch_size if math.prod(within(sizes[group[0]], self.max_side)) <= LARGE else 1
             yield from (group[n:n + count] for n in range(0, len(group), count))
+
+
+# More loaders than cores may be right: they also wait for disks.
+warnings.filterwarnings("ignore", "This DataLoader will create")
 
 
 def by_size(folder, ids, batch_size, run, workers=0, max_side=0):

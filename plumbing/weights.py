@@ -47,8 +47,8 @@ def read(path):
     """What a file of weights holds. weights_only: nothing in it is run."""
     path = Path(path)
     if not path.exists():
-        made_by = f": run {files.maker(path)} first" if path.name in files.MADE_BY else ""
-        raise FileNotFoundError(f"{path} is missing{made_by}; no such file of weights")
+        made_by = path.name in files.MADE_BY and f"run {files.maker(path)} first"
+        raise FileNotFoundError(f"{path} is missing: {made_by or 'no such file of weights'}")
     check_name(path)
     try:
         if path.suffix == ".safetensors":

@@ -90,6 +90,13 @@ def train(data, out, change=None, start=None, **more):
     return weights(out / "cls.pt")
 
 
+def test_equal_results_are_equal_files(data, tmp_path):
+    """What is made of them afterwards knows them by their SHA-256."""
+    for name, more in (("one", {}), ("other", {"save_every": 3})):
+        train(data, tmp_path / name, **more)
+    assert files.sha256(tmp_path / "one/cls.pt") == files.sha256(tmp_path / "other/cls.pt")
+
+
 def log_of(out):
     """The log without its clock."""
     return [{k: v for k, v in row.items() if k != "seconds"} for row in rows(out / "cls.jsonl")]

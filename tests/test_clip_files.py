@@ -153,7 +153,7 @@ def test_openais_archives_are_opened_by_their_sha256_alone(tiny_clip, tmp_path):
     digest = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(ValueError, match="archive.pt: TorchScript, which may run code, .* none of OpenAI"):
         clip_files.read(path, {digest[::-1]: "ViT-B/32"})
-    assumed = "a state dict, QuickGELU, assumed"
+    assumed = "a state dict, QuickGELU (assumed; else --clip-gelu plain)"
     for found, kind in ((path, "OpenAI's ViT-T/8, QuickGELU"), (tiny_clip, assumed)):
         content, gelu, pixels, what, notes = clip_files.read(found, {digest: "ViT-T/8"})
         assert what.startswith(kind) and notes == [] and gelu == "quick" and pixels is None

@@ -47,7 +47,7 @@ def test_own_images_need_no_lists(voc):
     """Without ImageSets/ `train` is labels.txt, and there is no other split."""
     for path in (voc / "ImageSets/Segmentation").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="no list at all"):        # an empty folder is a mistake
+    with pytest.raises(FileNotFoundError, match="write it, or labels.txt"):    # empty: a mistake
         folders.Folder(voc).ids("train")
     (voc / "ImageSets/Segmentation").rmdir()
     (voc / "ImageSets").rmdir()

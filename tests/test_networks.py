@@ -246,7 +246,8 @@ def test_clip_files(tiny_clip, tmp_path, capsys):
     half = {name: value.half() for name, value in state.items()}
     numbers = {"input_resolution": torch.tensor(16), "context_length": torch.tensor(77)}
     wrapped = {"epoch": 3, "state_dict": {f"module.{name}": value for name, value in half.items()}}
-    for content, gelu, said in (({**half, **numbers}, None, "a state dict, QuickGELU, assumed: --clip-gelu"),
+    assumed = "a state dict, QuickGELU (assumed; else --clip-gelu plain)"
+    for content, gelu, said in (({**half, **numbers}, None, assumed),
                                 (wrapped, "quick", "open_clip's, QuickGELU")):
         clip = networks.load_clip(save(path, content), RUN, vit=True, gelu=gelu)
         assert same(clip.model.state_dict(), {name: value.float() for name, value in half.items()})

@@ -55,6 +55,8 @@ def test_a_folder_of_photographs(world):
     (where / "a b.png").unlink()
     assert run(out, photos).returncode == 0 and (where / "a b.png").exists()
     assert (where / "tall.png").stat().st_mtime_ns == made
+    noise(photos / "tall.jpg", (20, 40))                      # another photograph of that name
+    assert run(out, photos).returncode == 0 and masks.load_mask(where / "tall.png", 3).shape == (40, 20)
     refused(run(out, photos, "--no-flip"), "pred/mine was made with --flip True (now False)")
 
 

@@ -408,10 +408,15 @@ def test_check_passes_a_folder_without_masks_to_train_on(mine):
 def test_check_of_own_images_without_lists(mine):
     shutil.rmtree(mine / "ImageSets")
     image(mine / "JPEGImages/forgotten.jpg")
+    image(mine / "JPEGImages/a.png")
     assert f"missing mask: {mine}: a in train.txt has none" in prepare("check", mine).stdout
     shutil.rmtree(mine / "SegmentationClass")
     text = done("check", mine)
-    assert "train: 3 ids, 3 images, 0 with a mask, 3 with labels" in text and "no problems, 1 warning" in text
+    assert "train: 3 ids, 3 images, 0 with a mask, 3 with labels" in text
+    assert "no problems, 2 warnings" in text
+    assert f"warning: two images: {mine}/JPEGImages/a.png is not used, a.jpg is\n" in text
+    (mine / "classes.txt").unlink()
+    assert "20 classes (no classes.txt: VOC's)" in prepare("check", mine).stdout
 
 
 JPG, PNG, TXT = "JPEGImages/a.jpg", "SegmentationClass/c.png", f"{LISTS}/train.txt"
@@ -428,6 +433,7 @@ WRONG = {  # a change of the folder -> kind and text of the one line that check 
     "foreign text": (put(f"{LISTS}/more.txt", b"\xff\xfe\x00a"), "bad list", "more.txt is not UTF-8"),
     "no list": (lambda r: [path.unlink() for path in r.rglob("ImageSets/*/*")], "bad list", "holds no list"),
     "missing label": (put("labels.txt", "a cat\nc 1\n"), "missing label", ": b in train.txt has none"),
+    "commas": (put("labels.txt", "a cat\nb\nd, cat\nc 1\n"), "bad label", "labels.txt:3: no commas"),
     "no labels": (put("labels.txt", None), "bad label", "holds no labels")}
 
 

@@ -143,10 +143,11 @@ def test_every_part_that_there_is_in_one_file_without_a_reference_outside(world)
 def test_what_is_missing_names_its_command(world, tmp_path):
     page = make(world, tmp_path, "--ids", "a_4")
     scripts = {"scores": "eval.py", "maps": "make_cam.py", "pseudo masks": "make_pseudo.py",
-               "predictions": "eval.py", "prompts": "train_prompt.py", "clip_decoder": "train_seg.py",
+               "predictions": "eval.py", "prompts": "train_prompt.py", "prototypes": "vpl.py",
                "log of match": "train_match.py"}
     for what, script in scripts.items():
         assert parse(page)[1][what].startswith(f"python {script} --data {world / 'data'} --out "), what
+    assert parse(page)[1]["prototypes"].split()[5] == f"{tmp_path}_vpl"
     assert re.findall(r"<h3>(a_\d)", page) == ["a_4"]
     line = ["report.py", "--data", world / "data", "--device", "cpu", "--out", tmp_path]
     refused(call(*line, "--ids", "a_9"), "a_9.jpg is missing")

@@ -81,6 +81,14 @@ def test_without_voc_one_line_says_so_and_the_toy_world_runs(shell):
     assert lines == shell("run_toy.sh")[1] and lines[0][0] == "make_toy.py"
 
 
+@pytest.mark.parametrize("script", ["run_toy.sh", "run_voc.sh", "run_coco.sh"])
+def test_help_is_the_head_of_the_script_and_runs_nothing(shell, script):
+    done, lines = shell(script, "--help")
+    head = (ROOT / script).read_text().splitlines()[1:3]
+    assert done.returncode == 0 and not lines and done.stdout.splitlines()[:2] == [line[2:] for line in head]
+    assert f"bash {script}" in done.stdout and "source" not in done.stdout
+
+
 def test_what_is_refused(shell):
     for variables, words in (
             ({}, ["no COCO given", "train2014.zip"]), ({"METHOD": "clipes"}, ["METHOD=clipes", "clip_es"]),
