@@ -29,7 +29,7 @@ make_venv() {
     echo "setup.sh: making .venv from requirements.txt, once (torch is large: minutes)" >&2
     rm -f .venv/complete
     if ! "$PYTHON" -m venv .venv; then
-        echo "setup.sh: no .venv could be made here; if python has no venv module: apt install python3-venv" >&2
+        echo "setup.sh: no .venv could be made; if python has no venv module: apt install python3-venv" >&2
         exit 1
     fi
     if ! .venv/bin/python -m pip install --quiet -r requirements.txt; then
