@@ -54,7 +54,7 @@ def run(main):
     except (OSError, ValueError) as error:
         if not is_refusal(error):
             raise
-        print(report(one_line(error)), file=sys.stderr)
+        sys.stderr.write(f"{report(one_line(error))}\n")      # in one piece: ranks write into one terminal
         sys.exit(1)
     finally:
         release()
