@@ -98,7 +98,8 @@ def keep_names(path, paths, resume):
             raise ValueError(f"{path.parent / id}.png is of {before[0]}, not of {now[0]}: rename one, or "
                              "give another --out")
         if before != now:
-            (path.parent / f"{id}.png").unlink(missing_ok=True)
+            for ending in ("png", "jpg", "npy"):
+                (path.parent / f"{id}.{ending}").unlink(missing_ok=True)
         known[id] = now
     files.save_json(path, known)
 
@@ -173,7 +174,7 @@ def main():
     checkpoints.open_folder(where, args, run, FREE, classes=classes, data=source.name)
 
     if args.images and run.main:
-        keep_names(where / "photos.json", folder.paths, args.resume)
+        keep_names(where / "photos.json", {id: folder.paths[id] for id in ids}, args.resume)
     run.barrier()
     endings = ("png", "npy")[:1 + args.save_prob]
     todo = [id for id in run.shard(ids) if not all((where / f"{id}.{ending}").exists() for ending in endings)]

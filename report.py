@@ -367,11 +367,13 @@ def draw_regions(args, folder, found, run):
                  f"between classes; axes hold {100 * share:.0f} %")
         drawing = page.scatter(flat.numpy(), owners.numpy(), marks.numpy(), folder.classes)
         panels.append(tag("figure", tag("figcaption", title, facts), drawing, kind="panel"))
-    if not panels and (found[-1].out / "prototypes.pt").exists():
+    having = [results.out for results in found if (results.out / "prototypes.pt").exists()]
+    if not panels and having:
         more = ("--split", args.split, "--model", "clip_decoder")
-        parts.append(missing(args, "clip_decoder", "train_seg.py", *more, out=found[-1].out))
+        parts.append(missing(args, "clip_decoder", "train_seg.py", *more, out=having[-1]))
     elif not panels:
-        parts.append(missing(args, "prototypes", "vpl.py", "--split", args.split, out=f"{args.out}_vpl"))
+        out = found[-1].out if len(found) > 1 else f"{args.out}_vpl"
+        parts.append(missing(args, "prototypes", "vpl.py", "--split", args.split, out=out))
     note = ("The regions of each class in an image (VPL Eq. 12) in the decoder's space, on the two principal "
             "axes of the points; diamonds are vision prototypes W (VPL Fig. 4, there by t-SNE). To see both, "
             "train a second decoder with --lambda-rsc 0 and give its folder to --vpl.")

@@ -55,7 +55,8 @@ else
 fi
 # As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--mask-fill).
 amp=auto
-! "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' || amp=fp16
+gpu='import sys, torch; sys.exit("--device cpu" in " ".join(sys.argv) or not torch.cuda.is_available())'
+! "$PYTHON" -c "$gpu" "$@" || amp=fp16
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp $amp) more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 

@@ -171,9 +171,6 @@ def main():
     keeper = checkpoints.Keeper(run, args, "prototypes.pt", clip=args.clip)
     if keeper.finished:
         return
-    if not args.resume:                                       # what is interrupted now is gone on with
-        keeper.last.unlink(missing_ok=True)
-        keeper.path.unlink(missing_ok=True)
     folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     labels, classes = folder.labels(ids), folder.classes
@@ -188,6 +185,9 @@ def main():
     tau_t = args.tau_t or clip.tau
     checkpoints.open_folder(args.out / "features", args, run, NOT_OF_FEATURES, keep=True, classes=classes,
                             backgrounds=backgrounds)
+    if not args.resume:                                       # an interrupted run goes on from here
+        keeper.last.unlink(missing_ok=True)
+        keeper.path.unlink(missing_ok=True)
     collect_features(clip, Z, tau_t, folder, ids, labels, args, run)
     run.barrier()
     x, p_text, pixels = read_features(Z, tau_t, ids, labels, args, run)  # (n, D), (n, M) of this process

@@ -16,12 +16,13 @@ class Manual(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelp
     """The docstring as it stands, and the default of every flag that has one."""
 
     def add_argument(self, action):
-        if action.help is None and action.default not in (None, False):
+        if action.help is None and action.default is not None and action.default is not False:
             action.help = "default: %(default)s"
         super().add_argument(action)
 
     def _get_help_string(self, action):
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+        none = action.default is None or action.default is False          # 0 is a default, too
+        return action.help if none else super()._get_help_string(action)
 
 
 def program():

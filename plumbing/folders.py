@@ -1,4 +1,5 @@
 """Data folders in VOC layout: lists, labels, class names, where images and true masks are."""
+import functools
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
@@ -40,10 +41,15 @@ class Folder:
             raise FileNotFoundError(f"{images} is missing: --data is a folder in VOC layout "
                                     "(make_toy.py makes one, prepare_data.py prepares VOC and COCO)")
         self.classes = read_names(self.root / "classes.txt") or list(VOC_CLASSES)
-        self.backgrounds = read_names(self.root / "backgrounds.txt")
-        if both := set(self.classes) & set(self.backgrounds or ()):
-            raise ValueError(f"{self.root / 'backgrounds.txt'}: {min(both)} is a class here, take it out")
         self._labels = None
+
+    @functools.cached_property
+    def backgrounds(self):
+        """The names in backgrounds.txt; None without that file."""
+        names = read_names(self.root / "backgrounds.txt")
+        if both := set(self.classes) & set(names or ()):
+            raise ValueError(f"{self.root / 'backgrounds.txt'}: {min(both)} is a class here, take it out")
+        return names
 
     # -- lists
 

@@ -57,8 +57,8 @@ def open_openais(name):
     except (OSError, RuntimeError) as error:
         if "SHA256" in str(error):                            # what was downloaded is another file
             place.unlink(missing_ok=True)
-        raise FileNotFoundError(f"CLIP {name}: download failed ({error}); put {file} into {place.parent}, "
-                                "or give --clip its path") from None
+        raise FileNotFoundError(f"CLIP {name}: download failed ({error}); put {openais()[name]} into "
+                                f"{place.parent}, or give --clip its path") from None
 
 
 def load_prompts(args, clip, classes):

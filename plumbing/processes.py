@@ -31,10 +31,11 @@ class Run:
         self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         self.main, self.seed = self.rank == 0, args.seed
         self.device = find_device(args.device, self.world)
+        chosen = args.device == "auto" or args.amp == "auto" and self.device.type == "cuda"
         if args.amp == "auto":
             args.amp = best_precision(self.device)            # from here on part of the recipe
         self.amp = args.amp
-        if self.main and args.device == "auto":               # a GPU that torch does not see shows here
+        if self.main and chosen:                              # a GPU that torch does not see shows here
             print(f"on {self.device}, --amp {self.amp}")
         if args.deterministic:                                # before the GPU's libraries start
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

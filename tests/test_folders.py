@@ -156,7 +156,7 @@ def test_classes_default_to_voc(voc):
     assert folder.backgrounds == ["sky", "rails"]
     (voc / "backgrounds.txt").write_text("sky\nsheep\n")
     with pytest.raises(ValueError, match="backgrounds.txt: sheep is a class here, take it out"):
-        folders.Folder(voc)
+        folders.Folder(voc).backgrounds  # noqa: B018
 
 
 @pytest.mark.parametrize("text,word", [

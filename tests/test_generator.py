@@ -182,5 +182,8 @@ def test_load_generator_reads_ours_with_the_pooling_they_were_trained_with(tmp_p
             alone.setitem(sys.modules, "plumbing.networks", None)
             with pytest.raises(ValueError, match=f"{path} is no DeiT of WeakTr's kind"):
                 generator.load_generator(path)
+    torch.save({name: value for name, value in model.state_dict().items() if name != "pos_embed"}, path)
+    with pytest.raises(ValueError, match=f"{path} is no DeiT of WeakTr's kind, it has no pos_embed"):
+        generator.load_generator(path)
     torch.save({"state_dict": {f"module.{name}": value for name, value in model.state_dict().items()}}, path)
     assert torch.equal(generator.load_generator(path, "avg").maps(images), model.maps(images))

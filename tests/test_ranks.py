@@ -1,6 +1,7 @@
 """Any number of processes gives the same numbers: the short form of tests/rigs/processes.py."""
 import math
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -60,10 +61,16 @@ def test_two_machines_are_one(world, tmp_path, tiny_clip):
               "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "two")}
     command = ["bash", "-c", AGENT, "setup.sh", *flags]
     agents = [subprocess.Popen(command, env={**shared, "NODE": node}, cwd=ROOT, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for node in "01"]
-    for agent in agents:
-        text = agent.communicate(timeout=120)[0]
-        assert agent.returncode == 0, text
+                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+              for node in "01"]
+    try:
+        for agent in agents:
+            text = agent.communicate(timeout=120)[0]
+            assert agent.returncode == 0, text
+    finally:
+        for agent in agents:                                  # bash and what it has started
+            if agent.poll() is None:
+                os.killpg(agent.pid, signal.SIGKILL)
     one = ["--data", tmp_path / "data", "--out", tmp_path / "one"]
     assert call("train_match.py", *one, *flags).returncode == 0
     found = rig.compare(tmp_path / "one", tmp_path / "two")

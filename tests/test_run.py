@@ -27,7 +27,7 @@ STAGES = {  # METHOD or HOST -> its lines
            "eval hosts.train_mask2former eval report",
 }
 STUB = """#!/bin/sh
-case $2 in *cuda*) [ "${GPU:-}" ]; exit ;; esac
+case $2 in *cuda*) shift 2; case "$*" in *"--device cpu"*) exit 1 ;; esac; [ "${GPU:-}" ]; exit ;; esac
 case $1 in -c | -W) exit 0 ;; esac                   # setup.sh asks whether all is installed
 printf '%s\\037' "$@" >>"$RECORD"
 echo >>"$RECORD"
@@ -148,7 +148,12 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
     alone = shell(script, *flags, **more)[1]
     assert {parse(words, monkeypatch)["amp"] for words in alone} == {"auto"}
     shutil.rmtree(tmp_path / "out")
-    more["GPU"] = 1                                           # fp16 where there is one, as the authors
+    more["GPU"] = 1
+    assert shell(script, *flags, **more)[1] == alone          # --device cpu
+    shutil.rmtree(tmp_path / "out")
+    flags = flags[:2] + flags[4:]
+    at = [words.index("--device") for words in alone]         # without: fp16, as the authors
+    alone = [words[:n] + words[n + 2:] for words, n in zip(alone, at)]
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     alone = [["fp16" if word == "auto" else word for word in words] for words in alone]
     want = [torchrun + words for words in alone[:-1]] + alone[-1:]        # the report is one process's

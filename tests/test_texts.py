@@ -43,3 +43,4 @@ def test_backgrounds_of_voc_and_coco():
     voc, coco = texts.clims_backgrounds(VOC_CLASSES), texts.clims_backgrounds(COCO_CLASSES)
     assert len(voc) == 10 and len(coco) == len(set(coco)) == 88 and not set(coco) & set(COCO_CLASSES)
     assert texts.clims_backgrounds(["train", "toothbrush"]) == voc
+    assert set(voc) - set(texts.clims_backgrounds(["tree", "cat"])) == {"tree"}

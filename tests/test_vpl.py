@@ -272,6 +272,8 @@ def test_finished_is_skipped_another_recipe_refused_and_features_read_again(worl
 
 def test_an_interrupted_no_resume_goes_on_and_leaves_no_old_prototypes(world, tmp_path, monkeypatch):
     vpl(world, tmp_path, "--steps", "5")
+    refused(call(*line("vpl.py", world, tmp_path, "--no-resume", "--split", "trian")), "trian.txt is missing")
+    assert (tmp_path / "prototypes.pt").exists()              # nothing was begun
     step, calls = losses.prototype_step, []
 
     def strike(*args):

@@ -31,7 +31,9 @@ def load_clip(name_or_path, device="cpu"):
         return FrozenClip(openai().load(str(name_or_path), device="cpu")[0]).to(device)
     try:
         others = importlib.import_module("plumbing.networks")  # by name: this file is also copied alone
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name not in ("plumbing", "plumbing.networks"):
+            raise
         return clip_from_state(torch.load(name_or_path, map_location="cpu", weights_only=True)).to(device)
     return others.open_clip_file(str(name_or_path)).to(device)
 
@@ -138,7 +140,8 @@ def run_text_tower(model, x, eos):
 
 def run_image_tower(visual, images):
     """Normalised images (n, 3, size, size) -> (n, D); of a ViT."""
-    x = visual.conv1(images).flatten(2).permute(2, 0, 1)                              # (N, n, width)
+    x = visual.conv1(images.to(visual.conv1.weight.dtype))
+    x = x.flatten(2).permute(2, 0, 1)                                                 # (N, n, width)
     x = torch.cat([visual.class_embedding.to(x.dtype).expand(1, len(images), -1), x])
     x = visual.ln_pre(x + visual.positional_embedding[:, None].to(x.dtype))           # (1 + N, n, width)
     first = torch.zeros(len(images), dtype=torch.long, device=x.device)

@@ -239,10 +239,15 @@ def load_generator(path, pool="max"):
         pool = content["args"].get("pool") or pool
     state = content.get("model", content)
     if "adaptive_attention_fusion.attn_head_ffn.0.weight" in state:
-        return deit_from_state(state, pool).eval()
+        try:
+            return deit_from_state(state, pool).eval()
+        except KeyError as error:
+            raise ValueError(f"{path} is no DeiT of WeakTr's kind, it has no {error.args[0]}") from None
     try:
         others = importlib.import_module("plumbing.networks")  # by name: this file is also copied alone
-    except ImportError:
+    except ModuleNotFoundError as error:
+        if error.name not in ("plumbing", "plumbing.networks"):
+            raise
         raise ValueError(f"{path} is no DeiT of WeakTr's kind, which is all that this file reads") from None
     pool = None if "stage" in content else pool               # ours: as it was trained
     return others.load_generator(path, SimpleNamespace(device="cpu"), pool=pool).eval()

@@ -72,7 +72,7 @@ def fill(template, names):
 
 def clims_backgrounds(classes):
     """The names that CLIMS keeps out of the foreground."""
-    return CLIMS_COCO if is_coco(classes) else CLIMS_VOC
+    return [name for name in (CLIMS_COCO if is_coco(classes) else CLIMS_VOC) if name not in classes]
 
 
 def backgrounds(classes):
