@@ -272,5 +272,5 @@ def test_a_downloaded_clip_of_another_checksum_does_not_stay(tmp_path, monkeypat
         monkeypatch.setitem(networks.openais(), "ViT-B/32", address.as_uri())
         with pytest.raises(FileNotFoundError, match=rf"CLIP ViT-B/32: download failed \(.*{reason}") as error:
             networks.load_clip("ViT-B/32", RUN)
-        assert "ViT-B-32.pt into" in str(error.value) and "\n" not in str(error.value)
+        assert "; put file:" in str(error.value) and "or give --clip its path" in str(error.value) and "\n" not in str(error.value)
         assert os.listdir(tmp_path / ".cache/clip") == []
