@@ -43,6 +43,12 @@ stage train_match.py --data "$DATA" --out "$OUT" "$@"
 """
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def test_two_machines_are_one(world, tmp_path, tiny_clip):
     """Two torchrun agents find each other and give the numbers of one process."""
     flags = ["--clip", str(tiny_clip), *("--split train --device cpu --workers 0 --epochs 2 --batch-size 2 "
@@ -53,9 +59,7 @@ def test_two_machines_are_one(world, tmp_path, tiny_clip):
         (tmp_path / name).mkdir()
         torch.save({"stage": "cls", "model": cls, "classes": CLASSES, "args": {"pool": "max", "inputs": {}}},
                    tmp_path / name / "cls.pt")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        head = f"127.0.0.1:{free.getsockname()[1]}"
+    head = f"127.0.0.1:{free_port() - 1}"                     # the first stage meets at the port after it
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     shared = {**os.environ, "PATH": path, "NODES": "2", "HEAD": head, "OMP_NUM_THREADS": "1",
               "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "two")}
