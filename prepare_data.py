@@ -436,7 +436,7 @@ def read_labels_txt(path, classes, found):
         id, *names = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
         names = [name.replace(" ", "_") for name in names if name]
         unknown = [name for name in names if name not in index]
-        if "," in id or any(name.endswith(",") for name in names):
+        if any(field.endswith(",") for field in (id, *names)):
             found["bad label"].append(f"{where}: no commas: blanks or tabs part the fields")
             continue
         if not attempt(found["bad id"], folders.check_id, id, where):

@@ -292,8 +292,8 @@ def draw_prompts(args, folder, found, chosen, run):
         for k in present(folder.labels([id])[0]):
             best = near.indices[k, 0].item()
             columns = torch.stack([u_b[k], manual[best], average, u_f[k]])
-            captions = ["learned prompt", f"“{backgrounds[best]}”: closest manual text", "all manual texts",
-                        f"“{classes[k]}”: the class"]
+            captions = ["learned prompt", f"“{backgrounds[best]}”: closest manual text",
+                        "all manual texts", f"“{classes[k]}”: the class"]
             maps = compare_patches(clip, folder, id, columns, args.features, run)
             tiles = [figure(show_map(image, cam), caption) for cam, caption in zip(maps, captions)]
             title = tag("h3", chip(classes[k], k), " ", tag("small", esc(id)))

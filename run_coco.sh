@@ -54,10 +54,7 @@ else
     launch prepare_data.py coco --coco "$COCO" --out "$DATA"
 fi
 # As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--mask-fill).
-amp=auto
-gpu='import sys, torch; sys.exit("--device cpu" in " ".join(sys.argv) or not torch.cuda.is_available())'
-! "$PYTHON" -c "$gpu" "$@" || amp=fp16
-shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp $amp) more=("$@") spread=1
+shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 
 if [ "$METHOD$HOST" = semplesclims ]; then

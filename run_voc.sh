@@ -51,10 +51,7 @@ once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} small=${LOOK:+--crop 64}
 few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 --crop-layers 0}
 [ -z "${SBD:-}" ] || launch prepare_data.py voc --voc "$VOC" --sbd "$SBD"
 # As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--mask-fill).
-amp=auto
-gpu='import sys, torch; sys.exit("--device cpu" in " ".join(sys.argv) or not torch.cuda.is_available())'
-! "$PYTHON" -c "$gpu" "$@" || amp=fp16
-shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp $amp) more=("$@") spread=1
+shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 
 if [ "$METHOD$HOST" = semplesclims ]; then

@@ -62,6 +62,12 @@ fi
 export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 
+# precision flags ...: fp16 where torch sees a GPU, unless the flags hold --device cpu; else auto.
+precision() {
+    case " $* " in *" --device cpu "*) echo auto && return ;; esac
+    "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && echo fp16 || echo auto
+}
+
 # launch script.py flags ...: in one process, or after `spread=1` in GPUS processes on each of NODES machines
 # (docs/running.md), which meet at HEAD, for each stage at the next port.
 spread= stages=0

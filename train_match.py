@@ -64,10 +64,7 @@ def main():
         return
     folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
-    S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
-    if S.maps_are_masks:
-        raise ValueError(f"{start} is a {type(S).__name__} of CLIMS's kind, whose maps are masks already: "
-                         "python -m hosts.train_clims trains it")
+    S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path, masks=False)
     args.pool = S.pool                                        # as the file of S says: saved with this one
     clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)

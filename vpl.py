@@ -185,9 +185,7 @@ def main():
     tau_t = args.tau_t or clip.tau
     checkpoints.open_folder(args.out / "features", args, run, NOT_OF_FEATURES, keep=True, classes=classes,
                             backgrounds=backgrounds)
-    if not args.resume:                                       # an interrupted run goes on from here
-        keeper.last.unlink(missing_ok=True)
-        keeper.path.unlink(missing_ok=True)
+    keeper.drop_old()
     collect_features(clip, Z, tau_t, folder, ids, labels, args, run)
     run.barrier()
     x, p_text, pixels = read_features(Z, tau_t, ids, labels, args, run)  # (n, D), (n, M) of this process

@@ -158,7 +158,7 @@ def main():
         return
     folder = folders.Folder(args.data)
     clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
-    S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path)
+    S = networks.load_generator(start, run, folder.classes, args.pool, args.drop_path, masks=False)
     args.pool = S.pool
     processes.seed_all(args.seed)                                             # the same prompts on all ranks
     if joint:

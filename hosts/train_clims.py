@@ -76,11 +76,7 @@ def load_start(path, run, classes):
     if not Path(path).exists():
         raise FileNotFoundError(f"{path} is missing: run hosts.train_cam (cls.pt) or hosts.train_clims "
                                 "(match.pt) first, or give --init")
-    S = networks.load_generator(path, run, classes)
-    if not S.maps_are_masks:
-        raise ValueError(f"{path} is a {type(S).__name__}, whose maps are not masks: CLIMS takes the "
-                         "generator of hosts.train_cam, IRN or CLIMS")
-    return S
+    return networks.load_generator(path, run, classes, masks=True)
 
 
 def background_names(given, classes):

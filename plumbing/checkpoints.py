@@ -263,10 +263,14 @@ class Keeper:
             return "no step is taken, since fp16 gradients are not finite at any scale,"
         return None
 
-    def resume(self):
-        if not self.args.resume:                   # to be replaced: an interrupted run then goes on from here
+    def drop_old(self):
+        """With --no-resume: an interrupted run then goes on from here."""
+        if not self.args.resume:
             self.last.unlink(missing_ok=True)
             self.path.unlink(missing_ok=True)
+
+    def resume(self):
+        self.drop_old()
         if not self.last.exists():
             return
         state = read_tensors(self.last)

@@ -12,17 +12,20 @@ NOT_THE_RECIPE = ("data", "out", "workers", "device", "deterministic", "resume",
                   "tensorboard")
 
 
+def has_default(action):
+    return action.default is not None and action.default is not False                 # 0 is one
+
+
 class Manual(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The docstring as it stands, and the default of every flag that has one."""
 
     def add_argument(self, action):
-        if action.help is None and action.default is not None and action.default is not False:
+        if action.help is None and has_default(action):
             action.help = "default: %(default)s"
         super().add_argument(action)
 
     def _get_help_string(self, action):
-        none = action.default is None or action.default is False          # 0 is a default, too
-        return action.help if none else super()._get_help_string(action)
+        return super()._get_help_string(action) if has_default(action) else action.help
 
 
 def program():

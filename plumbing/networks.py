@@ -126,12 +126,17 @@ def new_generator(name, num_classes, start, pool=None, drop_path=0.1, reduction=
     return model
 
 
-def load_generator(path, run, classes=None, pool=None, drop_path=0.1):
+KIND = {  # what --init must give: are its maps masks?
+    True: ", whose maps are not masks: CLIMS takes the generator of hosts.train_cam, IRN or CLIMS",
+    False: " of CLIMS's kind, whose maps are masks already: python -m hosts.train_clims trains it"}
+
+
+def load_generator(path, run, classes=None, pool=None, drop_path=0.1, masks=None):
     """A checkpoint of ours, of WeakTr, SemPLeS, CLIMS or IRN -> S on its device. Sizes come from the weights.
 
     `pool` (max: VOC, avg: COCO) is in our files alone, and must be theirs; of others it is max where it is
     None, and COCO's 90 ids ask for it. A generator for other classes than `classes`, the data folder's, is
-    refused."""
+    refused; with `masks`, one whose maps are not (True), or are (False), masks as CLIMS's."""
     content = weights.read(path)
     state, notes = weights.state_of(content, path)
     if "resnet50.conv1.weight" in state:
@@ -142,6 +147,8 @@ def load_generator(path, run, classes=None, pool=None, drop_path=0.1):
         raise ValueError(f"{path}: trained with --pool {known}: leave --pool {pool} out, or train it again "
                          "with that")
     model, kind = generator_from_state(path, state, content, known or pool or "max", drop_path)
+    if masks not in (None, model.maps_are_masks):
+        raise ValueError(f"{path} is a {type(model).__name__}{KIND[masks]}")
     found = len(state["classifier.weight" if "classifier.weight" in state else "head.weight"])
     if classes is not None and kind.startswith("DeiT") and (found, len(classes)) == (90, 80):
         keep_coco(path, model, classes, known or pool)

@@ -47,8 +47,8 @@ def read(path):
     """What a file of weights holds. weights_only: nothing in it is run."""
     path = Path(path)
     if not path.exists():
-        made_by = path.name in files.MADE_BY and f"run {files.maker(path)} first"
-        raise FileNotFoundError(f"{path} is missing: {made_by or 'no such file of weights'}")
+        why = f"run {files.maker(path)} first" if path.name in files.MADE_BY else "no such file of weights"
+        raise FileNotFoundError(f"{path} is missing: {why}")
     check_name(path)
     try:
         if path.suffix == ".safetensors":

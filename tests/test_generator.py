@@ -179,7 +179,7 @@ def test_load_generator_reads_ours_with_the_pooling_they_were_trained_with(tmp_p
         save(other)
         assert torch.equal(generator.load_generator(path).maps(images), other.eval().maps(images))
         with monkeypatch.context() as alone:                      # copied without plumbing/
-            alone.setitem(sys.modules, "plumbing.networks", None)
+            alone.setitem(sys.modules, "plumbing", None)
             with pytest.raises(ValueError, match=f"{path} is no DeiT of WeakTr's kind"):
                 generator.load_generator(path)
     torch.save({name: value for name, value in model.state_dict().items() if name != "pos_embed"}, path)

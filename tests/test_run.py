@@ -27,7 +27,7 @@ STAGES = {  # METHOD or HOST -> its lines
            "eval hosts.train_mask2former eval report",
 }
 STUB = """#!/bin/sh
-case $2 in *cuda*) shift 2; case "$*" in *"--device cpu"*) exit 1 ;; esac; [ "${GPU:-}" ]; exit ;; esac
+case $2 in *cuda*) [ "${GPU:-}" ]; exit ;; esac
 case $1 in -c | -W) exit 0 ;; esac                   # setup.sh asks whether all is installed
 printf '%s\\037' "$@" >>"$RECORD"
 echo >>"$RECORD"

@@ -6,7 +6,7 @@
     u_b = BackgroundPrompts(clip, num_classes=20)()           # (C, D), SemPLeS 3.2.2
 """
 import hashlib
-import importlib
+import importlib.util
 import warnings
 
 import torch
@@ -29,13 +29,10 @@ def load_clip(name_or_path, device="cpu"):
     names."""
     if str(name_or_path) in openai().available_models():
         return FrozenClip(openai().load(str(name_or_path), device="cpu")[0]).to(device)
-    try:
-        others = importlib.import_module("plumbing.networks")  # by name: this file is also copied alone
-    except ModuleNotFoundError as error:
-        if error.name not in ("plumbing", "plumbing.networks"):
-            raise
-        return clip_from_state(torch.load(name_or_path, map_location="cpu", weights_only=True)).to(device)
-    return others.open_clip_file(str(name_or_path)).to(device)
+    if importlib.util.find_spec("plumbing"):                  # not where this file was copied alone
+        networks = importlib.import_module("plumbing.networks")
+        return networks.open_clip_file(str(name_or_path)).to(device)
+    return clip_from_state(torch.load(name_or_path, map_location="cpu", weights_only=True)).to(device)
 
 
 def clip_from_state(state, gelu="quick", pixels=None):

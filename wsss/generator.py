@@ -5,7 +5,7 @@
 
 forward(images) -> (maps, logits), logits a tuple of (B, C) that train_cls.py trains on image labels.
 """
-import importlib
+import importlib.util
 from types import SimpleNamespace
 
 import torch
@@ -243,14 +243,10 @@ def load_generator(path, pool="max"):
             return deit_from_state(state, pool).eval()
         except KeyError as error:
             raise ValueError(f"{path} is no DeiT of WeakTr's kind, it has no {error.args[0]}") from None
-    try:
-        others = importlib.import_module("plumbing.networks")  # by name: this file is also copied alone
-    except ModuleNotFoundError as error:
-        if error.name not in ("plumbing", "plumbing.networks"):
-            raise
-        raise ValueError(f"{path} is no DeiT of WeakTr's kind, which is all that this file reads") from None
-    pool = None if "stage" in content else pool               # ours: as it was trained
-    return others.load_generator(path, SimpleNamespace(device="cpu"), pool=pool).eval()
+    if not importlib.util.find_spec("plumbing"):              # this file was copied alone
+        raise ValueError(f"{path} is no DeiT of WeakTr's kind, which is all that this file reads")
+    networks = importlib.import_module("plumbing.networks")
+    return networks.load_generator(path, SimpleNamespace(device="cpu"), pool=pool).eval()
 
 
 def parameters_to_train(S, train_backbone=False):
