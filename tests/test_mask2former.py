@@ -125,6 +125,12 @@ def model():
     return m2f.new_mask2former("mask2former_toy", 3)
 
 
+def flat(model):
+    """transformers 5.20, Python 3.10's, starts fresh queries and mask heads at a std of .02, where 5.24 has
+    PyTorch's: they learn slowly."""
+    return model.network.model.transformer_module.queries_features.weight.std() < 0.1
+
+
 @pytest.mark.parametrize("size", [(30, 41), (96, 64)])
 def test_any_size_is_padded_by_mean_colour(model, size):
     images, h, w = torch.rand(2, 3, *size), -(-size[0] // 32) * 32, 64
@@ -138,7 +144,7 @@ def test_any_size_is_padded_by_mean_colour(model, size):
     masks = F.interpolate(out.masks_queries_logits, (h, w), mode="bilinear", align_corners=False).sigmoid()
     want = torch.einsum("bqc,bqhw->bchw", out.class_queries_logits.softmax(2)[:, :, :-1], masks)
     assert torch.allclose(found.exp(), want[..., :size[0], :size[1]], atol=1e-5)
-    assert half.dtype == torch.float32 and 0 < (half - found).abs().max() < 0.2
+    assert half.dtype == torch.float32 and 0 < (half - found).abs().max() < (0.2 if flat(model) else 0.1)
 
 
 def test_all_decoder_layers_train_in_groups(model):
@@ -296,14 +302,14 @@ def test_gradients_are_clipped_at_their_own_length_and_points_differ(world, tmp_
     assert len(seeds) == len(set(seeds)) == 10 and min(seeds) < 1_000_003 + 5
 
 
-def test_two_images_are_learned_and_scored(world, tmp_path):
+def test_two_images_are_learned_and_scored(world, model, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
     (tmp_path / "data/SegmentationClass").symlink_to(world / "masks")
     (tmp_path / "masks").symlink_to(world / "masks")
     finish(tmp_path, tmp_path, "--iterations", "32", "--limit", "2", "--optimizer", "adamw", "--lr", "3e-3",
            "--min-scale", "1", "--max-scale", "1")
     losses = [row["loss"] for row in rows(tmp_path / "seg.jsonl")]
-    assert np.mean(losses[-3:]) < 0.9 * np.mean(losses[:3])     # transformers 5.24: .15, 5.20: .74
+    assert np.mean(losses[-3:]) < (0.9 if flat(model) else 0.7) * np.mean(losses[:3])
     done = call("eval.py", "--data", tmp_path / "data", "--out", tmp_path, "--split", "val", "--what", "seg",
                 "--workers", "0", "--device", "cpu", "--amp", "off", "--scales", "1", "2", "--flip", "--save")
     assert done.returncode == 0, done.stderr

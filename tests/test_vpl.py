@@ -232,22 +232,27 @@ def test_prototypes_say_what_they_are(world, tmp_path, tiny_clip):
 
 # ---------------------------------------------------------------- the same numbers, however it is run
 
+def strike(patch, module, name, number, struck):
+    """A signal comes at the `number`-th call of a function."""
+    function, calls = getattr(module, name), []
+
+    def struck_function(*args):
+        calls.append(1)
+        if len(calls) == number:
+            os.kill(os.getpid(), struck)
+        return function(*args)
+
+    patch.setattr(module, name, struck_function)
+
+
 @pytest.mark.parametrize("module,name,number,struck,words,kept", [
     (files, "atomic", 5, signal.SIGINT, "finished files are kept: run the same command", 3),
     (losses, "prototype_step", 8, signal.SIGTERM, "step 8 is saved in", 5)])
 def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
         world, tmp_path, monkeypatch, module, name, number, struck, words, kept):
     """While the fourth file of features is written; in step 8 (9 halves lr)."""
-    function, calls = getattr(module, name), []
-
-    def strike(*args):
-        calls.append(1)
-        if len(calls) == number:
-            os.kill(os.getpid(), struck)
-        return function(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(module, name, strike)
+        strike(patch, module, name, number, struck)
         done = call(*line("vpl.py", world, tmp_path))
     assert done.returncode > 128 and words in done.stderr and not (tmp_path / "prototypes.pt").exists()
     made = times(tmp_path)
@@ -274,16 +279,8 @@ def test_an_interrupted_no_resume_goes_on_and_leaves_no_old_prototypes(world, tm
     vpl(world, tmp_path, "--steps", "5")
     refused(call(*line("vpl.py", world, tmp_path, "--no-resume", "--split", "trian")), "trian.txt is missing")
     assert (tmp_path / "prototypes.pt").exists()              # nothing was begun
-    step, calls = losses.prototype_step, []
-
-    def strike(*args):
-        calls.append(1)
-        if len(calls) == 8:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*args)
-
     with monkeypatch.context() as patch:
-        patch.setattr(losses, "prototype_step", strike)
+        strike(patch, losses, "prototype_step", 8, signal.SIGTERM)
         done = call(*line("vpl.py", world, tmp_path, "--no-resume"))
     assert done.returncode > 128 and not (tmp_path / "prototypes.pt").exists()
     resumed, uninterrupted = vpl(world, tmp_path), read(world / "out")
