@@ -1,4 +1,5 @@
 """Any number of processes gives the same numbers: the short form of tests/rigs/processes.py."""
+import contextlib
 import math
 import os
 import signal
@@ -44,9 +45,12 @@ stage train_match.py --data "$DATA" --out "$OUT" "$@"
 
 
 def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+    """Below those that the system deals out: the processes of other tests may be given one of them."""
+    for port in range(20000 + os.getpid() % 10000, 32000):
+        with contextlib.suppress(OSError), socket.socket() as free:
+            free.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
 
 
 def test_two_machines_are_one(world, tmp_path, tiny_clip):
