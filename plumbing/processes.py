@@ -4,6 +4,8 @@ CRF.
     run = processes.Run(args)                                # torchrun or plain python
     loss = run.mean(losses.match_loss(...))                  # over the pairs of all ranks
 """
+import atexit
+import gc
 import itertools
 import multiprocessing
 import os
@@ -17,6 +19,7 @@ from multiprocessing import forkserver
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # imported later, its functions' defaults would hold the group
 from tqdm import tqdm
 
 from plumbing import guard
@@ -46,6 +49,7 @@ class Run:
             os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         if self.world > 1 and not dist.is_initialized():
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            atexit.register(end_group)
         if self.world > 1:                            # ranks whose torchrun was killed would go on without it
             threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
         self.cpu_group = None                            # a group of processes that talks through main memory
@@ -164,8 +168,14 @@ class Run:
             print(message)
         if dist.is_initialized():
             dist.barrier()
-            dist.destroy_process_group()
         guard.release()
+
+
+def end_group():
+    """Ends gloo's threads while Python still runs: one that lets go of a tensor after that aborts the
+    process. They end with the group, once no model under DDP holds it."""
+    gc.collect()
+    dist.destroy_process_group()
 
 
 def find_device(name, world):

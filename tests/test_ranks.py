@@ -43,6 +43,14 @@ spread=1
 stage train_match.py --data "$DATA" --out "$OUT" "$@"
 """
 
+AT_THE_END = """
+import atexit
+from pathlib import Path
+def show():
+    print("left at the end:", *(path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")))
+atexit.register(show)
+"""
+
 
 def free_port():
     """Below those that the system deals out: the processes of other tests may be given one of them."""
@@ -54,7 +62,7 @@ def free_port():
 
 
 def test_two_machines_are_one(world, tmp_path, tiny_clip):
-    """Two torchrun agents find each other and give the numbers of one process."""
+    """Two torchrun agents find each other and give the numbers of one process; gloo's threads end with it."""
     flags = ["--clip", str(tiny_clip), *("--split train --device cpu --workers 0 --epochs 2 --batch-size 2 "
                                          "--crop 32 --drop-path 0 --log-every 1").split()]
     make_folder(tmp_path / "data")
@@ -65,8 +73,9 @@ def test_two_machines_are_one(world, tmp_path, tiny_clip):
                    tmp_path / name / "cls.pt")
     head = f"127.0.0.1:{free_port() - 1}"                     # the first stage meets at the port after it
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    shared = {**os.environ, "PATH": path, "NODES": "2", "HEAD": head, "OMP_NUM_THREADS": "1",
-              "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "two")}
+    (tmp_path / "sitecustomize.py").write_text(AT_THE_END)
+    shared = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path), "NODES": "2", "HEAD": head,
+              "OMP_NUM_THREADS": "1", "DATA": str(tmp_path / "data"), "OUT": str(tmp_path / "two")}
     command = ["bash", "-c", AGENT, "setup.sh", *flags]
     agents = [subprocess.Popen(command, env={**shared, "NODE": node}, cwd=ROOT, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
@@ -75,6 +84,7 @@ def test_two_machines_are_one(world, tmp_path, tiny_clip):
         for agent in agents:
             text = agent.communicate(timeout=120)[0]
             assert agent.returncode == 0, text
+            assert "left at the end: " in text and "gloo" not in text
     finally:
         for agent in agents:                                  # bash and what it has started
             if agent.poll() is None:

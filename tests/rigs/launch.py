@@ -29,8 +29,6 @@ def live(jobs, output, environment, folder):
     os.chdir(folder)
     from plumbing import guard, processes
     processes.start_worker()                                  # one thread; it ends when its parent is gone
-    if len(jobs) > 1:                                         # one process group for all of them
-        processes.dist.destroy_process_group = lambda: None
     for script, *flags in jobs:
         module = importlib.import_module(script.removesuffix(".py"))
         sys.argv = [module.__file__, *flags]
