@@ -437,8 +437,8 @@ def main():
         if not out.is_dir():
             raise FileNotFoundError(f"{out} is missing: a report is of a folder that stages have written to")
     run = processes.Run(args)
-    if not run.main:                                          # one process makes the page
-        return run.close()
+    if run.world > 1:
+        raise ValueError("one process makes the page: run report.py without torchrun")
     path = args.out / "report.html"
     guard.claim(path)
     second = args.vpl or args.out / "vpl"

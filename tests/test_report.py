@@ -140,7 +140,7 @@ def test_every_part_that_there_is_in_one_file_without_a_reference_outside(world)
     assert "maps of cls" not in absent and "log of match" not in absent and "log of refine" in absent
 
 
-def test_what_is_missing_names_its_command(world, tmp_path):
+def test_what_is_missing_names_its_command(world, tmp_path, monkeypatch):
     page = make(world, tmp_path, "--ids", "a_4")
     scripts = {"scores": "eval.py", "maps": "make_cam.py", "pseudo masks": "make_pseudo.py",
                "predictions": "eval.py", "prompts": "train_prompt.py", "prototypes": "vpl.py",
@@ -155,3 +155,6 @@ def test_what_is_missing_names_its_command(world, tmp_path):
     refused(call(*line), "eval_cam_train.json is not a score of eval.py: remove it")
     write(tmp_path / "cam/recipe.json", {"args": {"source": "cls"}, "classes": ["dog"]})
     refused(call(*line), "cam/recipe.json", "other classes (1: dog)")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    refused(call(*line), "run report.py without torchrun")
