@@ -89,7 +89,8 @@ launch() {
 }
 
 # stage script.py flags ...: launches it with $more at the end. $OUT/commands.txt holds the lines that ended
-# well; while nothing in $DATA and $OUT is newer, they are passed over, up to the first other line.
+# well; while nothing in $DATA, in $OUT and among the files that a run begins with has changed since, they are
+# passed over, up to the first other line.
 more=() passing=ask
 case " $* " in *" --no-resume "*) passing= ;; esac
 if [ "${NODES:-1}" != 1 ]; then
@@ -103,10 +104,12 @@ fi
 
 stage() {
     local line commands=$OUT/commands.txt
+    local begins=("${INIT:-}" "${START:-}" "${CLIP32:-}" "${CLIP16:-}" "${SAM:-}" "${SWIN:-}" "${DEEPLAB:-}")
     line=$(printf '%q ' "$@" ${more[@]+"${more[@]}"})
     if [ "$passing" = ask ]; then
         if [ ! -e "$DATA" ] ||
-                [ -n "$(find "$DATA" "$OUT" -newer "$commands" 2>/dev/null | head -n 1)" ]; then
+                [ -n "$(find "$DATA" "$OUT" "${begins[@]}" -cnewer "$commands" 2>/dev/null | head -n 1)" ]
+        then
             rm -f "$commands"
         fi
         [ -e "$commands" ] || passing=

@@ -205,6 +205,25 @@ def test_what_is_finished_is_passed_over_without_python(shell, tmp_path):
     assert toy_run()[1] == lines[2:] and not toy_run()[1]     # the first two ended well after the change
 
 
+def test_another_start_of_the_same_name_is_noticed(shell, tmp_path):
+    """Also one that is older than the results: moved here, it keeps the time at which it was made."""
+    here = {name: tmp_path / name for name in ("voc", "out", "other.pt", "init.pt")}
+    here["voc"].mkdir()
+    for name in ("other.pt", "init.pt"):
+        here[name].touch()
+
+    def voc_run():
+        time.sleep(0.02)
+        lines = shell("run_voc.sh", VOC=here["voc"], OUT=here["out"], INIT=here["init.pt"])[1]
+        time.sleep(0.02)
+        return lines
+
+    lines = voc_run()
+    assert lines and not voc_run()
+    here["other.pt"].rename(here["init.pt"])
+    assert voc_run() == lines
+
+
 def test_look_and_seeds_have_folders_of_their_own_and_paths_are_the_callers(shell, tmp_path):
     def where(words):
         return words[words.index("--data") + 1], words[words.index("--out") + 1]
