@@ -1,9 +1,7 @@
 """Any number of processes gives the same numbers: the short form of tests/rigs/processes.py."""
-import contextlib
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +13,7 @@ from conftest import CLASSES, ROOT, call, make_folder, rows
 from PIL import Image
 
 from plumbing.networks import new_generator
+from tests.rigs import launch
 from tests.rigs import processes as rig
 
 
@@ -52,15 +51,6 @@ atexit.register(show)
 """
 
 
-def free_port():
-    """Below those that the system deals out: the processes of other tests may be given one of them."""
-    for port in range(20000 + os.getpid() % 10000, 32000):
-        with contextlib.suppress(OSError), socket.socket() as free:
-            free.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")
-
-
 def test_two_machines_are_one(world, tmp_path, tiny_clip):
     """Two torchrun agents find each other and give the numbers of one process; gloo's threads end with it."""
     flags = ["--clip", str(tiny_clip), *("--split train --device cpu --workers 0 --epochs 2 --batch-size 2 "
@@ -71,7 +61,7 @@ def test_two_machines_are_one(world, tmp_path, tiny_clip):
         (tmp_path / name).mkdir()
         torch.save({"stage": "cls", "model": cls, "classes": CLASSES, "args": {"pool": "max", "inputs": {}}},
                    tmp_path / name / "cls.pt")
-    head = f"127.0.0.1:{free_port() - 1}"                     # the first stage meets at the port after it
+    head = f"127.0.0.1:{launch.free_port() - 1}"              # the first stage meets at the port after it
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     (tmp_path / "sitecustomize.py").write_text(AT_THE_END)
     shared = {**os.environ, "PATH": path, "PYTHONPATH": str(tmp_path), "NODES": "2", "HEAD": head,
