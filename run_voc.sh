@@ -52,7 +52,7 @@ few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 -
 [ -z "${SBD:-}" ] || launch prepare_data.py voc --voc "$VOC" --sbd "$SBD"
 # As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--mask-fill).
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
-init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
+init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10" scored=pseudo
 
 if [ "$METHOD$HOST" = semplesclims ]; then
     # hardware, time, score: not yet measured (paper: 71.0 of DeepLab on val, 70.4 without SemPLeS).
@@ -100,7 +100,7 @@ elif [ "$METHOD" = semples ]; then
 else
     # hardware, time, score: not yet measured (paper: eight 4090s; mIoU on train 70.8 of CLIP-ES's maps and
     # 75.0 of its masks, 76.3 and 78.4 of VPL's)
-    by=text localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.4"
+    by=text scored=pseudo_whole localise="--prompt ensemble --tau-t 0.01 --affinity --box 0.4"
     if [ "$METHOD" = vpl ]; then
         by=vision
         stage vpl.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --tau-i 0.03 --phi 0.4 \
@@ -110,10 +110,13 @@ else
     stage make_cam.py "${shared[@]}" --split train_aug --clip "$CLIP16" $localise --source $by --scales 1.0 \
         --no-flip
     stage eval.py "${shared[@]}" --split train --what cam --background power --alpha 1
+    # Masks are scored whole, as CLIP-ES does; the network does not learn where the CRF is not sure.
+    stage make_pseudo.py "${shared[@]}" --split train --background power --alpha 1 $crf --preset deeplab \
+        --pseudo pseudo_whole
     stage make_pseudo.py "${shared[@]}" --split train_aug --background power --alpha 1 $crf --preset \
         deeplab --ignore-below 0.95
 fi
-stage eval.py "${shared[@]}" --split train --what pseudo
+stage eval.py "${shared[@]}" --split train --what pseudo --pseudo "$scored"
 
 if [ "$METHOD" = vpl ]; then
     # score: not yet measured (paper: 78.5 on val). Rate and crop are not the paper's, which gives none.

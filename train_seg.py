@@ -31,9 +31,10 @@ from plumbing import checkpoints, flags, folders, guard, networks, processes, sa
 from plumbing.masks import IGNORE
 from wsss import losses, texts
 
-# What each paper trains its network with; a toy network takes those of its full-size kind. Not from the
-# papers: what they leave open, VPL's optimizer, WeakTr's resizing and augmentation (docs/faithfulness.md).
-PAPERS = {
+# What each network is trained with; a toy network takes the settings of its full-size kind.
+# Not in the paper: rate and crop of VPL's decoder, which are WeCLIP's here.
+# Differs from the paper: it says SGD, with which the toy's decoder stays at "all background".
+RECIPES = {
     "deeplab": {"init": "imagenet", "batch_size": 10, "iterations": 20_000, "optimizer": "sgd", "lr": 2.5e-4,
                 "weight_decay": 5e-4, "crop": 321, "max_scale": 1.5},
     "segmenter": {"init": "imagenet", "batch_size": 4, "iterations": 264_500, "optimizer": "sgd", "lr": 1e-4,
@@ -41,11 +42,11 @@ PAPERS = {
     "clip_decoder": {"init": "none", "batch_size": 6, "iterations": 30_000, "optimizer": "adamw", "lr": 2e-3,
                      "weight_decay": 1e-4, "crop": 320, "max_scale": 1.5},
 }
-TAU_RSC = 0.07                                                                        # VPL Eq. 13
+TAU_RSC = 0.07                                    # tau of VPL's Eq. 13, which gives no value
 
 
-def of_paper(flag):
-    return "if not given, the paper's: " + ", ".join(f"{name} {of[flag]:,}" for name, of in PAPERS.items())
+def recipe_of(flag):
+    return "if not given: " + ", ".join(f"{name} {of[flag]:,}" for name, of in RECIPES.items())
 
 
 def parse():
@@ -58,20 +59,20 @@ def parse():
     g.add_argument("--train-batchnorm", action="store_true",
                    help="DeepLab: BatchNorm learns too, with the statistics of all processes (on GPUs); "
                         "always so with --init none")
-    g.add_argument("--iterations", type=flags.positive, help=f"steps; {of_paper('iterations')}")
+    g.add_argument("--iterations", type=flags.positive, help=f"steps; {recipe_of('iterations')}")
     g.add_argument("--optimizer", choices=["sgd", "adamw"], help="SGD, momentum 0.9, or AdamW; "
                    "if not given SGD, for clip_decoder AdamW")
     g.add_argument("--lr", type=flags.number, help="first rate, poly 0.9 to 0. DeepLab: of the backbone, x "
                    "10 for the head, x 20 for its biases; Segmenter: a tenth of it for the encoder; "
-                   f"{of_paper('lr')}")
-    g.add_argument("--weight-decay", type=flags.number, help=of_paper("weight_decay"))
+                   f"{recipe_of('lr')}")
+    g.add_argument("--weight-decay", type=flags.number, help=recipe_of("weight_decay"))
     g.add_argument("--crop", type=flags.positive, help="side of the random crop, for DeepLab best a multiple "
                    "of its stride plus 1, for Segmenter of its patch, and its window at test; "
-                   f"{of_paper('crop')}")
+                   f"{recipe_of('crop')}")
     flags.max_side(g)
     g.add_argument("--min-scale", type=flags.above_zero, default=0.5,
                    help="before the crop, an image is resized by a random factor from this ...")
-    g.add_argument("--max-scale", type=flags.above_zero, help=f"... to this; {of_paper('max_scale')}")
+    g.add_argument("--max-scale", type=flags.above_zero, help=f"... to this; {recipe_of('max_scale')}")
     g.add_argument("--clamp-start", type=flags.number, default=1.2,
                    help="Segmenter: large losses are clamped once their mean is below this; 0: never")
     g = p.add_argument_group("VPL phase 2 (clip_decoder)")
@@ -83,7 +84,7 @@ def parse():
     g.add_argument("--width", type=flags.positive, default=256, help="channels, a multiple of its 8 heads")
     flags.training(p)
     args = p.parse_args()
-    for name, value in next(of for kind, of in PAPERS.items() if args.model.startswith(kind)).items():
+    for name, value in next(of for kind, of in RECIPES.items() if args.model.startswith(kind)).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
     if args.min_scale > args.max_scale:
@@ -103,7 +104,7 @@ def build(args, folder, run):
         model = networks.new_decoder(clip, prototypes, args.width, args.logits)
         if args.init != "none":
             start = checkpoints.load(args.init, "seg", folder.classes)["model"]
-            checkpoints.load_weights(model, {**start, "prototypes": model.prototypes}, args.init)
+            checkpoints.load_weights(model, {**start, "prototypes": model.prototypes, "tau": model.tau}, args.init)
         return model.to(run.device), {"clip": clip.fingerprint()}
     classes = folder.classes
     model = run.in_turn(lambda: networks.new_segmenter(args.model, len(classes), args.init, classes))
@@ -176,7 +177,7 @@ def main():
         outputs = predictions[:1] if decoder else predictions                         # (B, 1 + C, h, w) each
         targets = [labels_on_grid(masks, z.shape[2:]) for z in outputs]
         loss = ce = sum(pixel_loss(z, target, run, clamp_start) for z, target in zip(outputs, targets))
-        rsc = 0 * ce
+        rsc = torch.zeros_like(ce)
         if decoder and args.lambda_rsc:
             _, coarse, V = predictions                                                # the grid's logits, V
             # Differs from the paper: A is the softmax, not W^T V: a mean needs weights that are not negative.

@@ -8,9 +8,12 @@ Writes  <out>/prototypes.pt, <out>/prototypes.last.pt (to resume), <out>/prototy
 
 1. The texts Z mark pixels: refined GradCAM maps (CLIP-ES) of every present class against the other present
    classes and all backgrounds. A pixel belongs to its strongest class where that map is at least --phi, else
-   to the background if 1 - map is at least --phi, else to neither.
+   to the background if 1 - map is at least --phi, else to neither. A pixel is a patch of CLIP.
 2. P' = softmax(x . Z / tau_T) over all columns, rows whose maximum exceeds --harden made one-hot; x: the
    pixel's value in the last block, taken to CLIP's joint space.
+   So by default, with --phi up to .5, every pixel is marked and P' does not ask as what: neither maps nor
+   image labels reach W. They do with a higher --phi, --no-background-pixels, --no-learn-background,
+   --label-mask, --target hard or --pool region.
 3. W starts at Z and minimises the mean of KL(P' || P), P = softmax(x . W / tau_I) over all columns, by
    projected gradient descent. The log's loss is the mean of -sum P' log P, larger by the entropy of P'.
 
@@ -45,10 +48,10 @@ def parse():
                    help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
     flags.max_side(g)
     g.add_argument("--phi", type=flags.fraction, default=0.4,
-                   help="least map value of a marked pixel (Table 6)")
+                   help="least map value of a marked pixel (Table 6); up to .5 all are marked, as class or background")
     g.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
                    help="mark background pixels too; --no-background-pixels: only the seeds of classes")
-    # Differs from the paper: it sets no bound. VOC's train_aug has about 7 million patches of 16 pixels.
+    # Not in the paper: a bound. VOC's train_aug has about 7 million pixels (patches of CLIP).
     g.add_argument("--max-pixels", type=flags.natural, default=4_000_000,
                    help="bound on marked pixels: each image keeps at most its share, drawn by chance; 0: all")
     g = p.add_argument_group("what W learns (VPL)")

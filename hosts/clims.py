@@ -23,8 +23,8 @@ class Clims(nn.Module):
         self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1), persistent=False)
 
     def train(self, mode=True):
-        # Differs from the paper: CLIMS's code lets the statistics follow; a mean over processes would change
-        # them.
+        # Differs from CLIMS's code, which lets the statistics follow: they would depend on the number of
+        # processes.
         return freeze_statistics(super().train(mode))
 
     def maps(self, images):

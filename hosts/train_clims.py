@@ -51,7 +51,7 @@ def parse():
                         "one a line")
     g.add_argument("--lambda-reg", type=flags.number, default=0.2,
                    help="weight of L_REG, the mean of all maps; raise it if masks swallow the image")
-    # Differs from the paper: it gives no lambda for CLIMS. This is its 0.05 times lambda_match.
+    # Not in the paper, which gives no lambda for CLIMS: its 0.05 times lambda_match.
     g.add_argument("--lambda-refine", type=flags.number, default=0.5,
                    help="weight lambda of L_refine, for --stage refine")
     g.add_argument("--init", help="generator to start from instead: CLIMS's, IRN's, or one of ours")

@@ -126,6 +126,8 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
         want = STAGES[choice.get("METHOD", choice.get("HOST", "semples"))]
         if choice.get("NET") == "mask2former":
             want = want.replace("train_seg", "hosts.train_mask2former")
+        if "METHOD" in choice and script == "run_voc.sh":     # masks that are scored, masks that train
+            want = want.replace("make_pseudo", "make_pseudo make_pseudo")
         assert [module_of(words)[0] for words in lines] == want.split()
         for words in lines:
             given, name = parse(words, monkeypatch), module_of(words)[0]
@@ -142,6 +144,9 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
                 assert given["model"].endswith("_caffe") == ("DEEPLAB" in choice)
             assert given.get("epochs", 1) == 1 or not look
             scored = {"eval": "val" if "seg" in words else "train", "report": "train"}
+            if given.get("pseudo") == "pseudo_whole":         # scored, not trained on
+                assert name == "eval" or not given["ignore_below"]
+                scored["make_pseudo"] = "train"
             assert given["split"] == scored.get(name, "train_aug" if script == "run_voc.sh" else "train")
             if "seg" in words:
                 assert (given["preset"] == "segmenter") == (choice.get("NET") == "segmenter")

@@ -280,7 +280,7 @@ def refine(maps, T, b, threshold):
     box: the bounding boxes of the connected parts of the map above `threshold` of its maximum. T T is never
     formed: two products with a vector.
     """
-    # Differs from the paper: CLIP-ES's code loses a box's last row and column at the lower and right edge.
+    # Differs from CLIP-ES's code, which loses a box's last row and column at the lower and right edge.
     box = boxes(maps > threshold * maps.amax((1, 2), keepdim=True))
     with torch.autocast(maps.device.type, enabled=False):
         T, cam = T[b], (maps * box).flatten(1).unsqueeze(-1).to(T)                    # (P, N, N), (P, N, 1)

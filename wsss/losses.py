@@ -169,7 +169,7 @@ def prototype_step(w, gradient, lr, last_norm):
     `last_norm`: that of the previous gradient, infinity at the first step. lr halves whenever the norm grows.
     The norm includes the radial part, which the projection removes: it can keep growing, lr shrink to 0.
     """
-    # Differs from the paper: it says "standard projected gradient descent" and no more. The halving is
+    # Not in the paper, which says "standard projected gradient descent" and no more: the halving. It is
     # InMaP's (Qian et al. 2023), which starts at 10 too.
     norm = gradient.norm()
     grew = (norm > last_norm).to(norm)                        # 0 or 1, on the device: nothing waits
@@ -236,7 +236,7 @@ def clamp_losses(ce, known, start=1.2, tile=120, total=lambda sums: sums):
     batch. A clamped pixel has no gradient: its label is probably wrong. `known` (B, H, W) bool: the pixels
     that have a label. `total` adds up the sums of several processes.
     """
-    # Differs from the paper: WeakTr's code counts pixels without a label in the means, with a loss of 0.
+    # Differs from WeakTr's code, which counts pixels without a label in the means, with a loss of 0.
     ce = at_least_float32(ce)
     H, W = ce.shape[1:]
     sums = torch.stack([torch.where(known, ce.detach(), 0).sum(0), known.sum(0)])     # (2, H, W)

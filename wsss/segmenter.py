@@ -194,7 +194,7 @@ class Segmenter(nn.Module):
     def __init__(self, num_classes, width=384, depth=12, heads=6, patch=16, grid=30, window=(480, 320),
                  drop_path=0.1, dropout=0.1, layers=2):
         # From the authors' code, not in the paper: WeakTr's DropPath 0.1 in the encoder, dropout 0.1 here.
-        # Differs from the paper: that code drops attention weights and the MLP's hidden layer too.
+        # Differs from that code, which drops attention weights and the MLP's hidden layer too.
         super().__init__()
         self.patch, self.grid, self.window = patch, grid, window
         self.encoder = Encoder(width, depth, heads, patch, grid, drop_path)
@@ -269,7 +269,7 @@ class ClipDecoder(nn.Module):
     then three transformer blocks, and V in CLIP's joint space. logits: "raw" W^T V, as in Eq. 12-14, or
     "cosine" cos(V, W) / tau_I; the background's is the logsumexp over its columns.
     `encode`: images -> list of (B, N, channels), grid (h, w)."""
-    # Differs from the paper: it says "decoder" and no more; this one is of WeCLIP's kind.
+    # Not in the paper, which says "decoder" and no more: one of WeCLIP's kind.
     mark, window = "prototypes", None
 
     def __init__(self, encode, channels, blocks, prototypes, num_classes, tau, width=256, logits="raw",

@@ -25,7 +25,7 @@ SYNONYMS = {
 PROMPTS = {  # templates whose features are averaged, and whether synonyms stand in for class names
     "single": (["a photo of a {}."], False),
     "ensemble": (["a clean origami {}."], True),              # CLIP-ES
-    # Differs from the paper: it does not list its prompts; these seven are those of CLIP's own best subset.
+    # Not in the paper, which does not list its prompts: these seven are CLIP's own best subset.
     "templates": (["itap of a {}.", "a bad photo of the {}.", "a origami {}.", "a photo of the large {}.",
                    "a {} in a video game.", "art of the {}.", "a photo of the small {}."], False),
 }

@@ -58,7 +58,7 @@ def sepl_votes(segments, mask, half=0.5, most=0.85):
                 painted[s.where][s.mask] = c
         painted[outside] = c
         free = [s for s, won in zip(free, wins) if not won]
-    # Differs from the paper: SEPL's masks have no 255; here such a pixel stays so where no class is painted.
+    # Differs from SEPL's masks, which have no 255: here such a pixel stays so where no class is painted.
     painted[(mask == IGNORE) & (painted == 0)] = IGNORE
     return painted
 
