@@ -23,7 +23,7 @@ from wsss import generator, losses
 def parse():
     p = flags.parser(__doc__, batch_size=64)
     g = p.add_argument_group("SemPLeS 4.2, WeakTr")
-    g.add_argument("--generator", choices=["deit_small", "deit_tiny", "cnn_toy"], default="deit_small",
+    g.add_argument("--generator", choices=["deit_small", "deit_tiny_toy", "cnn_toy"], default="deit_small",
                    help="architecture of S")
     g.add_argument("--backbone", default="imagenet",
                    help="weights the backbone starts from: imagenet (downloaded once), none, or a file")

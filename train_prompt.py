@@ -17,8 +17,6 @@ and epoch e trains on crop e mod V, without an image encoder; V = EPOCHS equals 
     python train_prompt.py --data /data/COCO --out runs/coco --split train --lr 2.5e-3 --lambda-t 0.01 \\
         --pool avg
 """
-import argparse
-
 import torch
 
 from plumbing import checkpoints, flags, folders, guard, networks, processes, samples
@@ -46,9 +44,9 @@ def parse():
     # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b); rates, batches of (b).
     g.add_argument("--mask-eps", type=flags.above_zero, default=1e-4,
                    help="m = (c - min) / (max - min + eps): a small map becomes a full mask here")
-    g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
-                   help="what CLIP sees: pixels by its own statistics, removed ones mean colour; black: "
-                        "removed ones black; imagenet: all by ImageNet's statistics, as in the authors' code")
+    g.add_argument("--statistics", choices=["clip", "imagenet"], default="clip",
+                   help="what normalises the pixels that CLIP sees: its own mean and deviation, or "
+                        "ImageNet's as in the authors' code; a removed pixel is the mean")
     g.add_argument("--pool", choices=["max", "avg"],
                    help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
     g.add_argument("--epochs", type=flags.positive, default=60)
@@ -57,8 +55,6 @@ def parse():
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=flags.fraction, default=0.08, help="least share of an image in a crop")
-    g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=False)
-    g.add_argument("--erase", type=flags.share, default=0.0, help="probability of random erasing")
     flags.training(p)
     return p.parse_args()
 
@@ -70,8 +66,8 @@ def encode_background(clip, S, images, b, k, args):
     maps = losses.resize_map(maps[b, k], clip.size)                                   # (P, H, W), CLIP's size
     # CLIMS's maps are sigmoids, not scaled; its (a) and (c) are hosts/train_clims.py.
     masks = maps if S.maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
-    _, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
-    return clip.encode_normalized(x_b, fill=args.mask_fill), masks.mean((1, 2))
+    _, x_b = losses.split_regions(clip.normalize(images, args.statistics)[b], masks)
+    return clip.encode_normalized(x_b), masks.mean((1, 2))
 
 
 def encode_batches(loader, clip, S, args, run):
@@ -132,10 +128,10 @@ def main():
     clip = networks.load_clip(args.clip, run, gelu=args.clip_gelu)
     class_texts = texts.class_texts(folder.classes, aliases=not args.raw_names)
     u_f = clip.encode_text(class_texts)                                               # (C, D), once
-    processes.seed_all(args.seed)                             # whatever loading S has drawn
+    processes.seed_all(args.seed)                             # not what loading S has left of chance
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
-    augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
+    augment = samples.train_transform(args.crop, args.min_scale)
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))
@@ -146,7 +142,7 @@ def main():
         return stored if args.views else encode_batches(loader, clip, S, args, run)
 
     for v_b, area, k in keeper.steps(epoch):                                          # (P, D), (P,), (P,)
-        present, inverse = k.unique(return_inverse=True)      # on the CPU: nothing waits
+        present, inverse = k.unique(return_inverse=True)      # on the CPU: a GPU would have to wait
         k, present, inverse = (x.to(run.device, non_blocking=True) for x in (k, present, inverse))
         with run.autocast():
             u_b = prompts(present)[inverse]                                           # (P, D), a class once

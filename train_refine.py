@@ -40,15 +40,16 @@ def parse():
     # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b).
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1,
                    help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
-    g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
-                   help="what CLIP sees: pixels by its own statistics, removed ones mean colour; black: "
-                        "removed ones black; imagenet: all by ImageNet's statistics, as in the authors' code")
+    g.add_argument("--statistics", choices=["clip", "imagenet"], default="clip",
+                   help="what normalises the pixels that CLIP sees: its own mean and deviation, or "
+                        "ImageNet's as in the authors' code; a removed pixel is the mean")
     g.add_argument("--pool", choices=["max", "avg"],
                    help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
     g.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper can be read")
     g.add_argument("--epochs", type=flags.positive, default=60)
+    # From the authors' code, not in the paper, which prints 5e-4: 5.12e-4 x batch / 512 (COCO 5.12e-6).
     g.add_argument("--lr", type=flags.number, default=6.4e-5,
-                   help="AdamW's rate as it is used, whatever --batch-size; authors: 5.12e-4 x batch / 512")
+                   help="AdamW's rate as it is used, whatever --batch-size")
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=flags.fraction, default=0.08, help="least share of an image in a crop")
@@ -99,8 +100,8 @@ def main():
             maps, _ = S(images)                                                       # (B, C, h, w)
             maps = losses.resize_map(maps[b, k], clip.size)                           # (P, H, W), CLIP's size
             masks = losses.mask_from_map(maps, args.mask_eps)
-            x_f, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
-            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b]), fill=args.mask_fill).chunk(2)  # (P, D)
+            x_f, x_b = losses.split_regions(clip.normalize(images, args.statistics)[b], masks)
+            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b])).chunk(2)             # (P, D) each
         match = run.mean(losses.match_loss(v_f, v_b, u_f[k], args.lambda_b))          # Eq. 1
         refine = run.mean(losses.refine_loss(v_f, u_b[k]))                            # Eq. 3
         loss = match + args.lambda_refine * refine

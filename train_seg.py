@@ -104,7 +104,8 @@ def build(args, folder, run):
         model = networks.new_decoder(clip, prototypes, args.width, args.logits)
         if args.init != "none":
             start = checkpoints.load(args.init, "seg", folder.classes)["model"]
-            checkpoints.load_weights(model, {**start, "prototypes": model.prototypes, "tau": model.tau}, args.init)
+            start = {**start, "prototypes": model.prototypes, "tau": model.tau}
+            checkpoints.load_weights(model, start, args.init)
         return model.to(run.device), {"clip": clip.fingerprint()}
     classes = folder.classes
     model = run.in_turn(lambda: networks.new_segmenter(args.model, len(classes), args.init, classes))

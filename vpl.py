@@ -48,7 +48,7 @@ def parse():
                    help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
     flags.max_side(g)
     g.add_argument("--phi", type=flags.fraction, default=0.4,
-                   help="least map value of a marked pixel (Table 6); up to .5 all are marked, as class or background")
+                   help="least map value of a marked pixel (Table 6); up to .5 all are marked")
     g.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
                    help="mark background pixels too; --no-background-pixels: only the seeds of classes")
     # Not in the paper: a bound. VOC's train_aug has about 7 million pixels (patches of CLIP).

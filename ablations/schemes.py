@@ -40,8 +40,8 @@ def parse():
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1, help="eps of the masks where S trains")
     g.add_argument("--prompt-mask-eps", type=flags.above_zero, default=1e-4,
                    help="eps of the masks in the rounds of (b), alternate only")
-    g.add_argument("--mask-fill", choices=["mean", "black", "imagenet"], default="mean",
-                   help="a removed pixel, as in train_match.py")
+    g.add_argument("--statistics", choices=["clip", "imagenet"], default="clip",
+                   help="of the pixels that CLIP sees, as in train_match.py")
     g.add_argument("--pool", choices=["max", "avg"],
                    help="pooling of S's attention fusion, as in train_match.py")
     g.add_argument("--train-backbone", action="store_true", help="train all of S")
@@ -68,7 +68,7 @@ def train_jointly(keeper, S, prompts, clip, u_f, run, args):
         b, k = run.pairs(labels)                                              # (P,) image and class
         with run.autocast():
             x_f, x_b, masks = split_images(clip, S, images, b, k, args.mask_eps, args)
-            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b]), fill=args.mask_fill).chunk(2)
+            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b])).chunk(2)
             u_b = encode_prompts(prompts, labels, run)                        # (P, D)
         match = run.mean(losses.match_loss(v_f, v_b, u_f[k], args.lambda_b))                          # Eq. 1
         prompt = run.mean(losses.prompt_loss(u_b, v_b.detach(), u_f[k], args.lambda_t, args.repel))   # Eq. 2
@@ -102,7 +102,7 @@ def refine_generator(phase, keeper, S, prompts, clip, u_f, run, args):
         b, k = run.pairs(labels)
         with run.autocast():
             x_f, x_b, masks = split_images(clip, S, images, b, k, args.mask_eps, args)
-            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b]), fill=args.mask_fill).chunk(2)
+            v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b])).chunk(2)
         match = run.mean(losses.match_loss(v_f, v_b, u_f[k], args.lambda_b))                          # Eq. 1
         refine = run.mean(losses.refine_loss(v_f, u_b[k]))                                            # Eq. 3
         take_step(keeper, match + args.lambda_refine * refine,
@@ -117,7 +117,7 @@ def learn_prompts(phase, keeper, S, prompts, clip, u_f, run, args):
         with run.autocast():
             with torch.no_grad():
                 _, x_b, masks = split_images(clip, S, images, b, k, args.prompt_mask_eps, args)
-                v_b = clip.encode_normalized(x_b, fill=args.mask_fill)        # (P, D)
+                v_b = clip.encode_normalized(x_b)        # (P, D)
             u_b = encode_prompts(prompts, labels, run)
         prompt = run.mean(losses.prompt_loss(u_b, v_b, u_f[k], args.lambda_t, args.repel))            # Eq. 2
         take_step(keeper, prompt, match=none, refine=none, prompt=prompt, mask=run.mean(masks.mean((1, 2))))
@@ -129,7 +129,7 @@ def split_images(clip, S, images, b, k, eps, args):
     """Of the pairs (b, k): X_f = M X and X_b = (1 - M) X, (P, 3, H, W) of CLIP's input, and M (P, H, W)."""
     maps = losses.resize_map(S(images)[0][b, k], clip.size)
     masks = losses.mask_from_map(maps, eps)
-    return *losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks), masks
+    return *losses.split_regions(clip.normalize(images, args.statistics)[b], masks), masks
 
 
 def encode_prompts(prompts, labels, run):

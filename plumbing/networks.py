@@ -107,7 +107,7 @@ def new_generator(name, num_classes, start, pool=None, drop_path=0.1, reduction=
     pool = pool or "max"
     if name == "deit_small":
         model = generator.DeiT(num_classes, pool=pool, reduction=reduction, drop_path=drop_path)
-    elif name == "deit_tiny":
+    elif name == "deit_tiny_toy":
         model = generator.DeiT(num_classes, pool=pool, drop_path=drop_path, **TINY)
     elif name == "resnet50":
         from hosts.clims import ResNet50

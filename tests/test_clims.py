@@ -166,7 +166,7 @@ def test_backgrounds_are_vocs_ten_or_cocos_88_or_those_of_a_file(world, tmp_path
 
 def test_wrong_inputs_are_one_line(world, tmp_path):
     refused(call(*job("match", world, tmp_path)), "cls.pt is missing: run hosts.train_cam")
-    torch.save(networks.new_generator("deit_tiny", 3, "none").state_dict(), tmp_path / "deit.pth")
+    torch.save(networks.new_generator("deit_tiny_toy", 3, "none").state_dict(), tmp_path / "deit.pth")
     refused(call(*job("match", world, tmp_path, "--init", tmp_path / "deit.pth")), "is a DeiT", "not masks")
     out, other = copy_inputs(world, tmp_path / "out", "match", "prompts"), tmp_path / "other.pt"
     clip = torch.load(world / "clip.pt", weights_only=True)

@@ -25,7 +25,7 @@ def world(tmp_path_factory):
     root = tmp_path_factory.mktemp("device")
     make_folder(root / "data")
     torch.manual_seed(0)
-    state = new_generator("deit_tiny", len(CLASSES), "none").state_dict()
+    state = new_generator("deit_tiny_toy", len(CLASSES), "none").state_dict()
     state = {name: value + 0.1 * torch.randn_like(value) for name, value in state.items()}
     for stage in ("cls", "match"):
         content = {"stage": stage, "model": state, "classes": CLASSES, "args": {"pool": "max", "inputs": {}}}

@@ -24,7 +24,7 @@ TRAIN = ["--device", "cpu", "--amp", "off", "--workers", "0", "--split", "train"
 def tiny(classes=3):
     """Weights of a DeiT for tests, under WeakTr's names."""
     torch.manual_seed(0)
-    state = networks.new_generator("deit_tiny", classes, "none").state_dict()
+    state = networks.new_generator("deit_tiny_toy", classes, "none").state_dict()
     return {name: value + 0.1 * torch.randn_like(value) for name, value in state.items()}
 
 

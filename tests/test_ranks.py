@@ -56,7 +56,7 @@ def test_two_machines_are_one(world, tmp_path, tiny_clip):
     flags = ["--clip", str(tiny_clip), *("--split train --device cpu --workers 0 --epochs 2 --batch-size 2 "
                                          "--crop 32 --drop-path 0 --log-every 1").split()]
     make_folder(tmp_path / "data")
-    cls = new_generator("deit_tiny", len(CLASSES), "none").state_dict()
+    cls = new_generator("deit_tiny_toy", len(CLASSES), "none").state_dict()
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         torch.save({"stage": "cls", "model": cls, "classes": CLASSES, "args": {"pool": "max", "inputs": {}}},

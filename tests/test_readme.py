@@ -141,7 +141,7 @@ def test_the_toy_run(shell, tmp_path, monkeypatch):  # noqa: F811
 SMALL = "--device cpu --amp off --workers 0 --batch-size 4"
 EPOCHS = f"{SMALL} --epochs 1 --crop 32 --min-scale 0.5"
 SMALLER = {
-    "prepare_data.py": "", "train_cls.py": f"{EPOCHS} --generator deit_tiny --backbone none",
+    "prepare_data.py": "", "train_cls.py": f"{EPOCHS} --generator deit_tiny_toy --backbone none",
     "train_match.py": f"{EPOCHS} --clip CLIP", "train_prompt.py": f"{EPOCHS} --clip CLIP",
     "train_refine.py": f"{EPOCHS} --clip CLIP", "vpl.py": f"{SMALL} --clip CLIP --steps 5",
     "make_cam.py": f"{SMALL} --clip CLIP", "make_pseudo.py": SMALL, "predict.py": SMALL, "report.py": SMALL,

@@ -32,7 +32,7 @@ def flags(script, world, out, *more):
     """The flags of a stage on the tiny world."""
     own = ["--lr", "1e-3", "--drop-path", "0"]
     if script == "train_cls.py":
-        own += ["--generator", "deit_tiny", "--backbone", "none", "--warmup", "1"]
+        own += ["--generator", "deit_tiny_toy", "--backbone", "none", "--warmup", "1"]
     if script == "train_prompt.py":
         own = ["--lr", "0.01"]
     clip = [] if script == "train_cls.py" else ["--clip", world / "clip.pt"]
@@ -89,18 +89,15 @@ def first_batch(world, randaugment, erase):
     return [(image, labels.nonzero().flatten().tolist()) for image, labels, _ in batch]
 
 
-def regions(model, S, image, k, eps, fill):
+def regions(model, S, image, k, eps, statistics):
     """M of class k, and CLIP's features of M X and (1 - M) X."""
     m = F.interpolate(S.maps(image[None])[:, [k]], (16, 16), mode="bilinear", align_corners=True)[0, 0]
     m = (m - m.min()) / (m.max() - m.min() + eps)
-    mean = {"imagenet": [0.485, 0.456, 0.406]}.get(fill, [0.48145466, 0.4578275, 0.40821073])
-    std = {"imagenet": [0.229, 0.224, 0.225]}.get(fill, [0.26862954, 0.26130258, 0.27577711])
+    mean = {"imagenet": [0.485, 0.456, 0.406], "clip": [0.48145466, 0.4578275, 0.40821073]}[statistics]
+    std = {"imagenet": [0.229, 0.224, 0.225], "clip": [0.26862954, 0.26130258, 0.27577711]}[statistics]
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     x = F.interpolate(image[None], (16, 16), mode="bicubic", antialias=True).clamp(0, 1)[0]
-    if fill == "black":
-        seen = (m * x - mean) / std, ((1 - m) * x - mean) / std
-    else:
-        seen = m * (x - mean) / std, (1 - m) * (x - mean) / std
+    seen = m * (x - mean) / std, (1 - m) * (x - mean) / std
     return m, *(model.encode_image(part[None])[0] for part in seen)
 
 
@@ -143,8 +140,8 @@ def gradients(monkeypatch):
 
 
 @pytest.mark.parametrize("script,more", [
-    ("train_match.py", {}), ("train_match.py", {"mask-fill": "black", "lambda-b": 0.75, "mask-eps": 0.01}),
-    ("train_match.py", {"mask-fill": "imagenet", "raw-names": None}),
+    ("train_match.py", {}), ("train_match.py", {"lambda-b": 0.75, "mask-eps": 0.01}),
+    ("train_match.py", {"statistics": "imagenet", "raw-names": None}),
     ("train_prompt.py", {}), ("train_prompt.py", {"repel": "log", "lambda-i": 0.5, "lambda-t": 0.3}),
     ("train_refine.py", {}), ("train_refine.py", {"prompts": "random", "lambda-refine": 2.0}),
     ("train_refine.py", {"init": "match.pt", "lambda-refine": 2.0})],
@@ -176,8 +173,8 @@ def test_a_scripts_own_step_is_the_papers_equations(world, tmp_path, gradients, 
     values, areas, names = [], [], RAW if "raw-names" in more else NAMES
     for image, classes in first_batch(world, not prompts_train, 0 if prompts_train else 0.25):
         for k in classes:
-            eps, fill = more.get("mask-eps", 1e-4 if prompts_train else 0.1), more.get("mask-fill", "mean")
-            m, v_f, v_b = regions(model, S, image, k, eps, fill)
+            eps = more.get("mask-eps", 1e-4 if prompts_train else 0.1)
+            m, v_f, v_b = regions(model, S, image, k, eps, more.get("statistics", "clip"))
             u_f = text(model, names[k])
             areas.append(m.mean())
             if prompts_train:                                 # Eq. 2
@@ -216,7 +213,7 @@ def test_train_cls_step_is_the_soft_margin_of_all_logits(world, tmp_path, gradie
     """The loss of the fine maps moves the fusion alone: the coarse map enters them detached."""
     finish("train_cls.py", world, tmp_path)
     processes.seed_all(0)                                     # as Run does before S is drawn
-    S = networks.new_generator("deit_tiny", 20, "none", drop_path=0)
+    S = networks.new_generator("deit_tiny_toy", 20, "none", drop_path=0)
     batch = first_batch(world, True, 0.25)
     parts = [0, 0, 0]
     for image, classes in batch:
@@ -246,7 +243,7 @@ def test_only_head_and_fusion_of_S_move(world, tmp_path):
     assert same(prompts, weights(world / "out/prompts.pt"))   # these rest in (c)
 
     processes.seed_all(0)                                     # from labels and on demand all of S trains
-    fresh = networks.new_generator("deit_tiny", 20, "none").state_dict()
+    fresh = networks.new_generator("deit_tiny_toy", 20, "none").state_dict()
     out = copy_inputs(world, tmp_path / "out", "match")
     finish("train_match.py", world, out, "--train-backbone")
     for old, new in ((fresh, weights(world / "first/cls.pt")), (before, weights(out / "match.pt"))):

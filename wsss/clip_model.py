@@ -75,19 +75,15 @@ class FrozenClip(nn.Module):
         digest.update(b"plain GELU" if any(isinstance(m, nn.GELU) for m in self.model.modules()) else b"")
         return digest.hexdigest()[:16]
 
-    def normalize(self, images, fill="mean"):
+    def normalize(self, images, statistics="clip"):
         """(B, 3, H, W) RGB in [0, 1] -> (B, 3, size, size), what CLIP's image encoder expects.
 
-        SemPLeS multiplies it by a mask, so that `fill` says what a removed pixel becomes. "mean": the mean
-        colour. "black": the pixels stay in [0, 1] here, and encode_normalized normalises them. "imagenet":
-        the mean colour, by the statistics of the authors' code."""
+        SemPLeS multiplies it by a mask: a removed pixel is 0, the mean colour."""
         if images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True,
                                    align_corners=False)
             images = images.clamp(0, 1)  # bicubic overshoots at edges; CLIP's transform clips
-        if fill == "black":
-            return images
-        if fill == "imagenet":
+        if statistics == "imagenet":
             # From the authors' code, not in the paper: CLIP is fed with pixels normalised for the DeiT.
             return (images - self.imagenet_mean) / self.imagenet_std
         return (images - self.mean) / self.std
@@ -96,10 +92,8 @@ class FrozenClip(nn.Module):
         """(B, 3, H, W) RGB in [0, 1] -> (B, D), unit length."""
         return self.encode_normalized(self.normalize(images))
 
-    def encode_normalized(self, regions, fill="mean"):
+    def encode_normalized(self, regions):
         """(B, 3, size, size) from `normalize` -> (B, D), unit length."""
-        if fill == "black":
-            regions = (regions - self.mean) / self.std
         if len(regions) == 0:                                 # a rank without a pair: still a graph for DDP
             width = self.model.text_projection.shape[1]
             return self.model.text_projection.new_zeros(0, width) + regions.flatten(1).sum(1, keepdim=True)

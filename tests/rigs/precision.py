@@ -84,7 +84,7 @@ def measure(root, device):
     epochs = STEPS * BATCH // IMAGES
     steps = ["--batch-size", BATCH, "--epochs", epochs, "--log-every", 1, "--save-every", STEPS]
     stage("make_toy.py", "--out", world, "--train", IMAGES, "--val", 1)
-    for kind in ("cnn_toy", "deit_tiny"):
+    for kind in ("cnn_toy", "deit_tiny_toy"):
         made = root / kind
         if kind == "cnn_toy":
             stage("train_cls.py", *shared, "--out", made, *flags["CLS"], "--backbone", world / "backbone.pt")

@@ -38,7 +38,7 @@ VPL = ("vpl.py --clip CLIP --batch-size 2 --tau-t 0.0665 --tau-i 0.1995 --phi 0.
 PREDICT = "eval.py --what seg --save --no-crf --scales 1 0.75 --batch-size 2"
 JOBS = {  # name -> the files of earlier jobs that it reads, its command
     "cls": ("", f"train_cls.py --generator cnn_toy --backbone BACKBONE {SMALL}"),
-    "cls_deit": ("", f"train_cls.py --generator deit_tiny --backbone none --pool avg {SMALL}"),
+    "cls_deit": ("", f"train_cls.py --generator deit_tiny_toy --backbone none --pool avg {SMALL}"),
     "cls_clims": ("", f"hosts.train_cam --generator clims_toy --backbone BACKBONE {TRAIN} --lr 1e-3"),
     "match": ("cls/cls.pt", f"train_match.py --clip CLIP {SMALL}"),
     "match_deit": ("cls_deit/cls.pt", f"train_match.py --clip CLIP {SMALL}"),
