@@ -102,7 +102,6 @@ def read_score(path):
         return None
     protocol = score["protocol"]
     try:
-        protocol.setdefault("images", protocol.get("pictures"))                       # its name in old files
         scores.in_words(protocol)
         if {"miou", "pixel_accuracy", "iou"} <= score.keys() and protocol["what"] in WHAT:
             return score
@@ -282,7 +281,8 @@ def draw_prompts(args, folder, found, chosen, run):
     model = clip_model.BackgroundPrompts(clip, len(classes), content["model"]["vectors"].shape[1])
     checkpoints.load_weights(model, content["model"], path)
     u_b = model()                                                                     # (C, D)
-    u_f = clip.encode_text(texts.class_texts(classes))                                # (C, D)
+    class_texts = texts.class_texts(classes, aliases=not content["args"]["raw_names"])
+    u_f = clip.encode_text(class_texts)                                               # (C, D)
     manual = clip.encode_text(texts.class_texts(backgrounds))                         # (backgrounds, D)
     near = (u_b @ manual.T).topk(min(3, len(manual)))                                 # (C, 3)
     average = F.normalize(manual.mean(0), dim=0)
@@ -293,7 +293,7 @@ def draw_prompts(args, folder, found, chosen, run):
             best = near.indices[k, 0].item()
             columns = torch.stack([u_b[k], manual[best], average, u_f[k]])
             captions = ["learned prompt", f"“{backgrounds[best]}”: closest manual text",
-                        "all manual texts", f"“{classes[k]}”: the class"]
+                        "all manual texts", f"“{class_texts[k]}”"]
             maps = compare_patches(clip, folder, id, columns, args.features, run)
             tiles = [figure(show_map(image, cam), caption) for cam, caption in zip(maps, captions)]
             title = tag("h3", chip(classes[k], k), " ", tag("small", esc(id)))

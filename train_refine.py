@@ -32,7 +32,7 @@ def parse():
     g.add_argument("--lambda-refine", type=flags.number, default=0.05,
                    help="weight lambda of L_refine; raise it if co-occurring backgrounds stay lit")
     g.add_argument("--prompts", choices=["learned", "random"], default="learned",
-                   help="random: prompts as initialised, a row of Table 5")
+                   help="random: 30 untrained vectors a class, uniform in [0, 1), a row of Table 5")
     g.add_argument("--init", help="generator to start from instead of <out>/cls.pt: published or ours")
     flags.clip(g, "ViT-B/32")
     g.add_argument("--raw-names", action="store_true",

@@ -114,7 +114,7 @@ def map_scores(clip, draw, count):
     columns = clip.encode_text(texts.class_texts(CLASSES + GROUNDS))
     confusion = torch.zeros(len(CLASSES) + 1, len(CLASSES) + 1, dtype=torch.int64)
     for s in draw_scenes(draw, count):
-        seen = gradcam.last_inputs(clip, to_float(s.image)[None], size=(SIZE, SIZE))
+        seen = gradcam.last_inputs(clip, to_float(s.image)[None])
         k = torch.tensor(s.labels)
         cam = gradcam.class_maps(clip, *seen, columns, len(CLASSES), 0 * k, k, clip.model.logit_scale.exp())
         cam = add_background(resize_maps(cam, s.mask.shape), "constant", THRESHOLD)

@@ -186,7 +186,7 @@ def keep_coco(path, model, classes, pool):
     if not pool:
         raise ValueError(f"{path}: of COCO's 90 ids, and its pooling is in no such file: give --pool avg, as "
                          "the published ones were trained, or --pool max")
-    model.kept = weights.COCO_KEPT
+    model.kept = generator.COCO_KEPT
 
 
 def what_else(state, content):

@@ -135,12 +135,6 @@ def download(name):
 
 # ---------------------------------------------------------------- the generators of others
 
-# From the authors' code, not in the paper: WeakTr's and SemPLeS's COCO generators map COCO's category ids
-# 1..90, row id - 1, also these ten that were never used.
-COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
-COCO_KEPT = [id - 1 for id in range(1, 91) if id not in COCO_GAPS]
-
-
 def rename_irn(state, path):
     """IRN's and CLIMS's ResNet-50 holds each tensor three times, under resnet50, stage1..4 and backbone ->
     once, under our names. Copies must agree."""

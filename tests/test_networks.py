@@ -67,6 +67,8 @@ def test_of_a_coco_generators_90_ids_the_80_in_use_are_mapped(tmp_path):
                                        "args": {"pool": "avg"}})
     again = networks.load_generator(own, RUN, COCO_CLASSES).eval()            # after a training of ours
     assert torch.equal(again.maps(images), maps80)
+    for file in (path, own):                                  # also by the file that copies alone
+        assert torch.equal(generator.load_generator(file, "avg").maps(images), maps80)
     others = [f"my{n}" for n in range(80)]
     assert "80, not named as COCO's" in refusal(networks.load_generator, path, RUN, others, "avg")
     assert "give --pool avg" in refusal(networks.load_generator, path, RUN, COCO_CLASSES)

@@ -80,7 +80,7 @@ def world(tmp_path_factory, tiny_clip):
     prompts = clip_model.BackgroundPrompts(clip, 3, 4)
     known = {"clip": files.fingerprint(tiny_clip)}
     checkpoints.save(out / "prompts.pt", stage="prompts", model=prompts.state_dict(), classes=NAMES,
-                     args={"clip": str(tiny_clip), "clip_gelu": None, "inputs": known})
+                     args={"clip": str(tiny_clip), "clip_gelu": None, "raw_names": False, "inputs": known})
     return root
 
 

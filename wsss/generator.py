@@ -200,6 +200,12 @@ class DeiT(nn.Module):
 
 # ---------------------------------------------------------------- from weights, and what of it trains
 
+# From the authors' code, not in the paper: WeakTr's and SemPLeS's COCO generators map COCO's category ids
+# 1..90, row id - 1, also these ten that were never used.
+COCO_GAPS = (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)
+COCO_KEPT = [id - 1 for id in range(1, 91) if id not in COCO_GAPS]
+
+
 def deit_from_state(state, pool="max", drop_path=0.1):
     """The DeiT whose sizes are those of a state dict with WeakTr's names, and its weights."""
     classes = len(state["head.weight"])
@@ -231,8 +237,9 @@ ALLOWED = [(Ignored, name) for name in ("argparse.Namespace", "numpy.dtype", "nu
 def load_generator(path, pool="max"):
     """A checkpoint of ours, of WeakTr or of SemPLeS -> S.
 
-    Ours hold their pooling; of others `pool` says it (max: VOC, avg: COCO). What is no DeiT, as CLIMS's
-    ResNet-50 and the toy world's CNN, is read by plumbing/networks.py, where that is there."""
+    Ours hold their pooling; of others `pool` says it (max: VOC, avg: COCO), and of COCO's 90 ids the 80 in
+    use are mapped. What is no DeiT, as CLIMS's ResNet-50 and the toy world's CNN, is read by
+    plumbing/networks.py, where that is there."""
     with torch.serialization.safe_globals(ALLOWED):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if "stage" in content:
@@ -240,9 +247,12 @@ def load_generator(path, pool="max"):
     state = content.get("model", content)
     if "adaptive_attention_fusion.attn_head_ffn.0.weight" in state:
         try:
-            return deit_from_state(state, pool).eval()
+            model = deit_from_state(state, pool).eval()
         except KeyError as error:
             raise ValueError(f"{path} is no DeiT of WeakTr's kind, it has no {error.args[0]}") from None
+        if len(state["head.weight"]) == 90 and len(content.get("classes", COCO_KEPT)) == 80:
+            model.kept = COCO_KEPT
+        return model
     if not importlib.util.find_spec("plumbing"):              # this file was copied alone
         raise ValueError(f"{path} is no DeiT of WeakTr's kind, which is all that this file reads")
     networks = importlib.import_module("plumbing.networks")

@@ -57,17 +57,10 @@ def is_coco(classes):
     return len(classes) == 80 and "toothbrush" in classes
 
 
-def class_texts(classes, template="a photo of {}.", aliases=True):
-    """SemPLeS 3.2.1, t_k: the class names in a template, for VOC's classes by their aliases."""
-    names = [ALIASES.get(name, name) for name in classes] if aliases and is_voc(classes) else list(classes)
-    return fill(template, names)
-
-
-def fill(template, names):
-    around = template.replace("{}", "", 1)
-    if around == template or "{" in around or "}" in around:
-        raise ValueError(f"template {template!r}: write one {{}} in it, where the class name goes")
-    return [template.format(name) for name in names]
+def class_texts(classes, aliases=True):
+    """SemPLeS 3.2.1, t_k: "a photo of train.", for VOC's classes by their aliases."""
+    known = ALIASES if aliases and is_voc(classes) else {}
+    return [f"a photo of {known.get(name, name)}." for name in classes]
 
 
 def clims_backgrounds(classes):
@@ -85,4 +78,4 @@ def prompt_texts(classes, backgrounds, prompt="ensemble"):
     """CLIP-ES, VPL: per template the texts of classes, then backgrounds; their features are averaged."""
     templates, synonyms = PROMPTS[prompt]
     names = [SYNONYMS.get(name, name) for name in classes] if synonyms else list(classes)
-    return [fill(template, names + list(backgrounds)) for template in templates]
+    return [[template.format(name) for name in [*names, *backgrounds]] for template in templates]
