@@ -34,7 +34,7 @@ from plumbing.samples import by_size
 from wsss import gradcam, texts
 
 GRADCAM = ("text", "vision")                                  # sources that are CLIP's maps
-FREE = ("split", "limit", "batch_size", "seed", "sheets", "format")  # an image's maps are the same
+FREE = ("split", "limit", "batch_size", "seed", "sheets", "format")  # do not change an image's maps
 
 
 def parse():

@@ -38,7 +38,7 @@ from plumbing.maps import add_background, cam_path, load_cam, resize_maps
 from plumbing.masks import IGNORE, load_mask, save_mask
 from wsss import crf, votes
 
-FREE = ("split", "limit", "batch_size", "seed", "amp", "segments")  # an image's mask is the same
+FREE = ("split", "limit", "batch_size", "seed", "amp", "segments")  # do not change a mask
 
 
 def parse():

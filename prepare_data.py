@@ -43,7 +43,7 @@ from plumbing import files, flags, folders, guard, processes
 from plumbing.folders import COCO_CLASSES, VOC_CLASSES, Folder
 from plumbing.images import IMAGE_ENDINGS, image_size, load_image
 from plumbing.masks import IGNORE, load_mask, save_mask
-from plumbing.weights import COCO_GAPS
+from wsss.generator import COCO_GAPS
 
 MASKS = ("SegmentationClass", "SegmentationClassAug")
 LISTS = Path("ImageSets") / "Segmentation"

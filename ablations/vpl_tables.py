@@ -4,7 +4,7 @@ Temperatures are those of the CLIP at hand: tau_T = 1 / its logit scale, tau_I =
 
     text             text maps at tau_T (CLIP-ES)
     text, softened   text maps at tau_I: a softer softmax alone changes maps
-    vision           vision prototypes, the defaults of vpl.py
+    vision           vision prototypes: x and P' by the defaults of vpl.py, the rest as in run_toy.sh
     soft             with --harden 0: P' as Eq. 5 is written
     labels           with --label-mask: P' over an image's own classes and the backgrounds
     patch            with --features patch: x is a patch's output, not its value

@@ -102,7 +102,7 @@ def main():
     S = load_start(start, run, folder.classes)
     u_f = clip.encode_text(texts.class_texts(folder.classes))                         # (C, D), once
     names = background_names(args.background_texts, folder.classes)
-    u_t = clip.encode_text(texts.fill("a photo of {}.", names))                       # (T, D)
+    u_t = clip.encode_text(texts.class_texts(names, aliases=False))                   # (T, D)
     u_b = networks.load_prompts(args, clip, folder.classes)().detach() if refines else None       # (C, D)
 
     ids = folder.ids(args.split, args.limit)

@@ -40,7 +40,7 @@ def clip_from_state(state, gelu="quick", pixels=None):
 
     What others' CLIPs may have besides: a "plain" GELU, and `pixels`, mean and std of three channels each."""
     state = dict(state)
-    model = openai().model.build_model(state).float()  # takes the three numbers of an archive out of state
+    model = openai().model.build_model(state).float()  # removes an archive's three metadata keys from state
     model.load_state_dict(state)  # again: build_model has rounded the weights to half
     for mlp in [module for module in model.modules() if gelu == "plain" and hasattr(module, "gelu")]:
         mlp.gelu = nn.GELU()

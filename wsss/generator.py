@@ -220,8 +220,8 @@ def deit_from_state(state, pool="max", drop_path=0.1):
 
 
 class Ignored:
-    """Stands for what public trainers keep beside the weights, arguments and numbers of numpy: none of these
-    objects is rebuilt."""
+    """Stands for what public trainers keep beside the weights, arguments and numbers of numpy: nothing of it
+    is rebuilt."""
 
     def __init__(self, *_):
         pass

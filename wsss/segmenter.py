@@ -5,8 +5,9 @@
     probabilities = predict(model, images, scales=(0.5, 1.0, 1.5), flip=True)
 
 A network owns its mean and std, its parameter groups, and `window`: side and stride of the windows it wants
-at test time, None for the whole image. `mark` is a weight that only a whole network has, not a file of its
-backbone. """
+at test time, None for the whole image. `mark` names a weight that a whole network's file has and a
+backbone's has not.
+"""
 from collections import OrderedDict
 
 import torch
