@@ -147,9 +147,8 @@ def main():
     maps, weights, shown = (open_clip if by_clip else open_generator)(args, folder, run)
 
     unused = UNUSED.get(args.source, CLIP_FLAGS)
-    checkpoints.open_folder(where, args, run, FREE + unused, weights=weights, classes=folder.classes)
-    if args.format:
-        exported.mkdir(exist_ok=True)
+    for place in (where, exported) if args.format else (where,):
+        checkpoints.open_folder(place, args, run, FREE + unused, weights=weights, classes=folder.classes)
 
     def finished(id):
         other = exports.path(exported, id, args.format) if args.format else where

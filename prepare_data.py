@@ -353,20 +353,20 @@ def write_coco(job):
 
 
 def prepare_coco(args):
+    if args.json:
+        classes, splits = read_own(args)
+    else:
+        classes, splits = COCO_CLASSES, {split: read_split(args, split) for split in COCO_COUNTS}
     masks = args.out / MASKS[0]
     sources = "instances_{train,val}2014.json"
-    if args.json and args.json.is_file():                     # another export makes other masks
+    if args.json:                                             # another export makes other masks
         sources = f"{args.json.name} (SHA-256 {files.fingerprint(args.json)})"
     rule = RULE.format(sources, *CROWDS[args.crowd])
     readme = masks / "README.txt"
     painted = readme.exists() or files_by_id(masks, ".png")
     if painted and not (readme.exists() and readme.read_text(encoding="utf-8") == rule):
-        raise ValueError(f"{masks} holds masks of another rule ({readme.name}) than --crowd {args.crowd}: "
-                         "give another --out, or remove it")
-    if args.json:
-        classes, splits = read_own(args)
-    else:
-        classes, splits = COCO_CLASSES, {split: read_split(args, split) for split in COCO_COUNTS}
+        raise ValueError(f"{masks} was made from another file, or with another --crowd than {args.crowd} "
+                         f"({readme.name} says from which): give another --out, or remove the folder")
     jobs = [job for members in splits.values() for job in members]
     if any(job.mask for job in jobs):
         require("pycocotools.mask", "pycocotools", "COCO's segmentations")
@@ -426,15 +426,12 @@ def read_lists(folder, found):
 
 def read_labels_txt(path, classes, found):
     """{id: class indices}, None where the entry is a finding. The stages' reader ends at the first error."""
-    index = {str(k): k for k in range(len(classes))}
-    index |= {name.replace(" ", "_"): k for k, name in enumerate(classes)}
-    labels = {}
+    index, labels = folders.index_labels(classes), {}
     for number, line in enumerate(attempt(found["bad label"], files.read_lines, path) or [], 1):
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        id, *names = [field.strip() for field in line.split("\t")] if "\t" in line else line.split()
-        names = [name.replace(" ", "_") for name in names if name]
+        id, *names = folders.split_labels(line)
         unknown = [name for name in names if name not in index]
         if any(field.endswith(",") for field in (id, *names)):
             found["bad label"].append(f"{where}: no commas: blanks or tabs part the fields")
@@ -476,7 +473,7 @@ def find_missing(folder, splits, images, masks, labels, found):
         found["missing image"] += [f"{path}, listed in {source}" for path in without]
         for kind, known in (("mask", masks), ("label", labels)):
             having = members.keys() & known.keys()
-            note = f"in {split}.txt has none, {len(having):,} others there have one"
+            note = f"in {source} has none, {len(having):,} others there have one"
             without = [id for id in members if having and id not in having]
             found[f"missing {kind}"] += [f"{folder.root}: {id} {note}" for id in without]
     if unlisted:
@@ -572,6 +569,8 @@ def remap_folder(args):
     if Folder(args.data).classes != COCO_CLASSES:
         raise ValueError(f"{args.data / 'classes.txt'} does not list COCO's 80 classes: remap is for COCO")
     guard.claim(args.data / MASKS[0])
+    if not any((args.data / f"{name}{end}").is_dir() for name in MASKS for end in ("", ".90id")):
+        raise FileNotFoundError(f"{args.data / MASKS[0]} is missing: remap is for a folder of masks")
     for masks in (args.data / name for name in MASKS):
         kept = masks.with_name(f"{masks.name}.90id")          # once made, nothing is mapped twice
         if not kept.exists() and masks.is_dir():

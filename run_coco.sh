@@ -35,6 +35,7 @@ case "$NET" in
     deeplab | deeplab_coco | segmenter | mask2former) ;;
     *) refuse "NET=$NET: deeplab, deeplab_coco, segmenter or mask2former" ;;
 esac
+[ "$METHOD" != vpl ] || [ "$NET" = deeplab ] || refuse "NET=$NET: VPL has its own network"
 [ "$METHOD" = semples ] || [ "$HOST" = weaktr ] || refuse "HOST=$HOST goes with METHOD=semples"
 [ "$NET" != deeplab_coco ] || [ -n "${DEEPLAB:-}" ] || refuse "NET=deeplab_coco: no DEEPLAB given"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -51,9 +52,9 @@ few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 -
 if [ -d "$COCO/JPEGImages" ]; then
     DATA=$COCO
 else
-    launch prepare_data.py coco --coco "$COCO" --out "$DATA"
+    stage prepare_data.py coco --coco "$COCO" --out "$DATA"
 fi
-# As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--statistics).
+# As the authors: fp16 on a GPU. --statistics imagenet: so they feed CLIP, but for CLIMS.
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 
@@ -145,9 +146,9 @@ else
         --min-scale 0.5 --max-scale 1.5 $few
 fi
 # Every network is tested as its own authors test it.
-case "$METHOD$NET" in
-    semplesmask2former) test="--scales 1.0 --no-flip --no-crf" ;;
-    semplessegmenter) test="--scales 0.7 1.05 1.4 1.75 2.1 2.45 --flip --crf --preset segmenter" ;;
+case "$NET" in
+    mask2former) test="--scales 1.0 --no-flip --no-crf" ;;
+    segmenter) test="--scales 0.7 1.05 1.4 1.75 2.1 2.45 --flip --crf --preset segmenter" ;;
     *) test="--scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab" ;;
 esac
 stage eval.py "${shared[@]}" --split val --what seg $test --save

@@ -7,8 +7,8 @@
 #   VOC=/data/VOC2012 LOOK=1 bash run_voc.sh --limit 64               64 images, a few steps a stage, to try
 # METHOD  semples (default), vpl, clip_es
 # HOST    what SemPLeS improves (Table 4): weaktr, clims, or fma: weaktr's maps, masks by SAM's segments
-# NET     deeplab (default), segmenter (WeakTr's), mask2former (default for fma); VPL has its own
-#         deeplab_coco: starts from deeplab-pytorch's weights of COCO's masks, in DEEPLAB (another experiment)
+# NET     deeplab (default), segmenter (WeakTr's), mask2former (default for fma), or deeplab_coco: starts from
+#         deeplab-pytorch's weights of COCO's masks, in DEEPLAB (another experiment). VPL has its own
 # OUT     results: runs/voc; voc_vpl, voc_clip_es, voc_clims, voc_fma; ..._look, ..._seed1. Another NET wants
 #         another OUT, or the masks of the first: docs/running.md
 # SEED, GPUS (more than one: torchrun)
@@ -36,6 +36,7 @@ case "$NET" in
     deeplab | deeplab_coco | segmenter | mask2former) ;;
     *) refuse "NET=$NET: deeplab, deeplab_coco, segmenter or mask2former" ;;
 esac
+[ "$METHOD" != vpl ] || [ "$NET" = deeplab ] || refuse "NET=$NET: VPL has its own network"
 [ "$METHOD" = semples ] || [ "$HOST" = weaktr ] || refuse "HOST=$HOST goes with METHOD=semples"
 [ "$NET" != deeplab_coco ] || [ -n "${DEEPLAB:-}" ] || refuse "NET=deeplab_coco: no DEEPLAB given"
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
@@ -49,8 +50,8 @@ DATA=$VOC
 START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} small=${LOOK:+--crop 64}
 few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 --crop-layers 0}
-[ -z "${SBD:-}" ] || launch prepare_data.py voc --voc "$VOC" --sbd "$SBD"
-# As the authors: fp16 on a GPU. CLIP is fed with pixels normalised by ImageNet's statistics (--statistics).
+[ -z "${SBD:-}" ] || stage prepare_data.py voc --voc "$VOC" --sbd "$SBD"
+# As the authors: fp16 on a GPU. --statistics imagenet: so they feed CLIP, but for CLIMS.
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10" scored=pseudo
 
@@ -145,9 +146,9 @@ else
         --min-scale 0.5 --max-scale 1.5 $few
 fi
 # Every network is tested as its own authors test it.
-case "$METHOD$NET" in
-    semplesmask2former) test="--scales 1.0 --no-flip --no-crf" ;;
-    semplessegmenter) test="--scales 0.7 1.05 1.4 1.75 2.1 2.45 --flip --crf --preset segmenter" ;;
+case "$NET" in
+    mask2former) test="--scales 1.0 --no-flip --no-crf" ;;
+    segmenter) test="--scales 0.7 1.05 1.4 1.75 2.1 2.45 --flip --crf --preset segmenter" ;;
     *) test="--scales 0.5 0.75 1.0 1.25 1.5 1.75 --flip --crf --preset deeplab" ;;
 esac
 stage eval.py "${shared[@]}" --split val --what seg $test --save

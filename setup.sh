@@ -2,6 +2,7 @@
 # The python of this shell (your conda, your venv) if it can already import it all; else ./.venv, made once.
 
 set -euo pipefail
+trap 'exit 143' TERM                              # a time limit ends bash after its stage, which saves first
 home=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 # Paths are those of the caller's folder; CLIP32 and the like may also be the name of a model.
 for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16 SAM SWIN DEEPLAB; do
@@ -11,6 +12,14 @@ for name in VOC SBD COCO DATA OUT INIT START CLIP32 CLIP16 SAM SWIN DEEPLAB; do
     printf -v "$name" %s "$PWD/$value"
 done
 cd "$home"
+case ${NODES:-1}:${NODE:-}:${HEAD:-} in
+    1::* | 1:0:*) ;;
+    1:*) echo "setup.sh: NODE=$NODE needs NODES, the number of machines" >&2
+        exit 1 ;;
+    *:[0-9]*:*:[0-9]*) ;;
+    *) echo "setup.sh: NODES=$NODES needs NODE, this machine's number from 0, and HEAD=host:port" >&2
+        exit 1 ;;
+esac
 
 imports='import torch, torchvision, numpy, PIL, tqdm, pytest
 from clip.model import build_model
@@ -25,9 +34,14 @@ find_python() {
     exit 1
 }
 
+has_venv() {
+    .venv/bin/python -c '' 2>/dev/null && cmp -s requirements.txt .venv/complete
+}
+
 make_venv() {
     echo "setup.sh: making .venv from requirements.txt, once (torch is large: minutes)" >&2
-    rm -f .venv/complete
+    .venv/bin/python -c '' 2>/dev/null || rm -rf .venv          # its python was removed
+    rm -f .venv/complete .venv/complete-tests
     if ! "$PYTHON" -m venv .venv; then
         echo "setup.sh: no .venv could be made; if python has no venv module: apt install python3-venv" >&2
         exit 1
@@ -45,13 +59,13 @@ if "$PYTHON" -W ignore -c "$imports" 2>/dev/null; then
     echo "setup.sh: using $(command -v "$PYTHON"), which has what is needed" >&2
 else
     if [ "${NODE:-0}" = 0 ]; then
-        cmp -s requirements.txt .venv/complete || make_venv
+        has_venv || make_venv
     fi
     for ((waited = 0; waited < 3600; waited += 2)); do        # the first machine makes it
-        ! cmp -s requirements.txt .venv/complete || break
+        ! has_venv || break
         sleep 2
     done
-    if ! cmp -s requirements.txt .venv/complete; then
+    if ! has_venv; then
         echo "setup.sh: machine 0 has made no .venv here in an hour: make it first, bash run_tests.sh" >&2
         exit 1
     fi
@@ -59,12 +73,12 @@ else
     echo "setup.sh: using .venv" >&2
 fi
 # glibc gives large buffers back to the kernel after every step: twice the time for small networks on a CPU.
-export MALLOC_MMAP_THRESHOLD_=4294967296 MALLOC_TRIM_THRESHOLD_=17179869184
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=17179869184
 export PYTHON PATH="$(dirname "$(command -v "$PYTHON")"):$PATH"
 
 # precision flags ...: fp16 where torch sees a GPU, unless the flags hold --device cpu; else auto.
 precision() {
-    case " $* " in *" --device cpu "*) echo auto && return ;; esac
+    case " $* " in *" --device"[\ =]"cpu "*) echo auto && return ;; esac
     "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' && echo fp16 || echo auto
 }
 
@@ -93,14 +107,7 @@ launch() {
 # passed over, up to the first other line.
 more=() passing=ask
 case " $* " in *" --no-resume "*) passing= ;; esac
-if [ "${NODES:-1}" != 1 ]; then
-    case ${NODE:-}:${HEAD:-} in
-        [0-9]*:*:[0-9]*) ;;
-        *) echo "setup.sh: NODES=$NODES needs NODE, this machine's number from 0, and HEAD=host:port" >&2
-            exit 1 ;;
-    esac
-    passing=                                      # the machines stay in step: every stage looks for itself
-fi
+[ "${NODES:-1}" = 1 ] || passing=                 # the machines stay in step: every stage looks for itself
 
 stage() {
     local line commands=$OUT/commands.txt
@@ -108,7 +115,7 @@ stage() {
     line=$(printf '%q ' "$@" ${more[@]+"${more[@]}"})
     if [ "$passing" = ask ]; then
         if [ ! -e "$DATA" ] ||
-                [ -n "$(find "$DATA" "$OUT" "${begins[@]}" -cnewer "$commands" 2>/dev/null | head -n 1)" ]
+                [ -n "$(find -H "$DATA" "$OUT" "${begins[@]}" -cnewer "$commands" 2>/dev/null | head -n 1)" ]
         then
             rm -f "$commands"
         fi

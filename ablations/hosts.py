@@ -20,6 +20,7 @@ import argparse
 import numpy as np
 
 from ablations import pairs
+from bench import tables
 from plumbing import guard
 
 ROWS = {"cnn": ["cnn", "cnn + SemPLeS"], "clims": ["CLIMS", "CLIMS, longer", "CLIMS + SemPLeS"],
@@ -119,7 +120,7 @@ def table(done, names, columns):
         lines.append([name, *values, *less, other or ""])
     split = {"maps": "maps, train", "masks": "masks, train", "network": "network, val"}
     head = [text for column in columns for text in (split[column], "by pair")]
-    return pairs.markdown(["", *head, *columns, "to"], lines)
+    return tables.markdown(["", *head, *columns, "to"], lines)
 
 
 def main():

@@ -15,6 +15,7 @@ The truth only scores, but for the last row. Draws 100 and 101 chose the preset 
 import numpy as np
 
 from ablations import pairs
+from bench import tables
 from plumbing import guard
 
 SPLIT = {"maps": "train", "masks": "train", "masks, weaktr": "train", "masks, irn": "train",
@@ -51,7 +52,7 @@ def table(done):
     less = {name: f"{pairs.interval(of[name] - of[other])} to {other}" for name, other in AGAINST.items()}
     lines = [[name, split, f"{of[name].mean():.1f}", pairs.each(of[name]), less.get(name, "")]
              for name, split in SPLIT.items()]
-    return pairs.markdown(["", "split", "mIoU", "by pair", "paired difference"], lines)
+    return tables.markdown(["", "split", "mIoU", "by pair", "paired difference"], lines)
 
 
 def main():

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench import tables
 from plumbing import files, flags
 
 # ---------------------------------------------------------------- the stages and their recipe
@@ -102,7 +103,7 @@ def parser(doc, out, pairs, first_draw):
     p.add_argument("--out", type=Path, default=files.ROOT / out)
     p.add_argument("--pairs", type=flags.positive, default=pairs)
     p.add_argument("--first-draw", type=flags.natural, default=first_draw,
-                   help="draws 100 to 110 chose the recipe")
+                   help="draws 100 and 101 chose the recipe")
     p.add_argument("--jobs", type=flags.positive, default=2, help="pairs at a time, a process each")
     p.add_argument("--write", action="store_true", help="put the table between its marks in docs/results.md")
     p.add_argument("--only", type=flags.natural, help="run this pair in this process (used by --jobs)")
@@ -153,7 +154,7 @@ def run_jobs(args, name, waiting):
             process.wait()
 
 
-# Two-sided 95 % points of Student's t for 1 to 11 degrees of freedom.
+# Two-sided 95 % points of Student's t for 1 to 11 degrees of freedom; beyond, the last is a little wide.
 STUDENT = [12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201]
 
 
@@ -172,16 +173,6 @@ def each(values):
     return " ".join(f"{value:.1f}" for value in values)
 
 
-def markdown(head, rows):
-    """A list of names and lists of cells -> a table"""
-    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (head, *rows)]
-    return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
-
-
 def write(mark, text):
     """Puts a table between its marks in docs/results.md."""
-    page, start, end = files.ROOT / "docs/results.md", f"<!-- {mark} -->", "<!-- end -->"
-    before, found, rest = page.read_text().partition(start)
-    if not found:
-        raise ValueError(f"{page} has no line {start}")
-    page.write_text(f"{before}{start}\n{text}\n{end}{rest.partition(end)[2]}")
+    tables.put(files.ROOT / "docs/results.md", mark, text)

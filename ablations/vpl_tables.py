@@ -28,6 +28,7 @@ import numpy as np
 import torch
 
 from ablations import pairs
+from bench import tables
 from plumbing import checkpoints, guard
 
 RATIO = 9                                                     # tau_I / tau_T
@@ -152,7 +153,7 @@ def main_table(done, clips):
             lines.append([c, name, *means, pairs.each(of[name]["CRF"]), *less, gap])
     head = ["CLIP", "row", "maps @.4", "maps @.5", "masks", "masks by draw", "@.4 - softened text", "@.5",
             "masks", "gap"]
-    return pairs.markdown(head, lines)
+    return tables.markdown(head, lines)
 
 
 def sweep_table(done, clips):
@@ -164,7 +165,7 @@ def sweep_table(done, clips):
         lines.append([name, *(f"{values.mean():.1f}" for values in vision.values()), *less,
                       show_gap([pair.rows[name]["gap"] for pair in done])])
     head = ["", "vision @.4", "@.5", "- text at the same temperature, @.4", "@.5", "gap"]
-    return pairs.markdown(head, lines)
+    return tables.markdown(head, lines)
 
 
 PHASE2 = {  # what the table calls it: row, column, what it is compared with
@@ -188,7 +189,7 @@ def phase2_table(done, clips):
     for name, (_, _, other) in PHASE2.items():
         less = f"{pairs.interval(of[name] - of[other])} to {other}" if other else ""
         lines.append([name, f"{of[name].mean():.1f}", pairs.each(of[name]), less])
-    return pairs.markdown(["row", "val mIoU", "by draw", "paired difference"], lines)
+    return tables.markdown(["row", "val mIoU", "by draw", "paired difference"], lines)
 
 
 def main():

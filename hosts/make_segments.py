@@ -270,9 +270,11 @@ def main():
     guard.claim(where)
     folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
-    sam, facts, free = None, {}, ("split", "limit", "batch_size", "seed", "points_per_batch", "amp")
+    sam, facts = None, {}
+    same = "sam" if args.source == "sam" else "amp"           # what the segments do not depend on
+    free = "split", "limit", "batch_size", "seed", "points_per_batch", same
     if args.source == "sam":
-        sam, free = Sam(args, run), (*free[:-1], "sam")
+        sam = Sam(args, run)
         shards = sorted(Path(sam.folder).glob("*.safetensors")) or sorted(Path(sam.folder).glob("*.bin"))
         facts = {"weights": " ".join(map(files.fingerprint, shards))}
     checkpoints.open_folder(where, args, run, free, **facts)

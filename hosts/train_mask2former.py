@@ -49,8 +49,8 @@ def parse():
     args = p.parse_args()
     if args.crop % mask2former.Mask2Former.stride:
         p.error(f"--crop is a multiple of {mask2former.Mask2Former.stride}")
-    if not 0 < args.min_scale <= args.max_scale:
-        p.error("--min-scale is above 0 and at most --max-scale")
+    if args.min_scale > args.max_scale:
+        p.error("--min-scale is at most --max-scale")
     return args
 
 

@@ -116,12 +116,12 @@ def open_folder(folder, args, run, free, keep=False, **facts):
     `free` left aside, and of the same `facts`.
 
     The note that says so, recipe.json, is written before the first file. <folder>.json, which stands for a
-    finished folder, goes. --no-resume empties the folder; with `keep`, only if it is of another recipe. What
-    another script made, or somebody put there, is never touched."""
+    finished folder, goes. --no-resume empties the folder; with `keep`, only if it is of another recipe. A
+    folder of another script is refused, and one that holds files without a note."""
     note, script, same = folder / "recipe.json", Path(sys.argv[0]).name, True
     made = [path for ending in ("npy", "npz", "png", "pt") for path in folder.glob(f"*.{ending}")]
     before = files.read_json(note) if note.exists() else {"script": "another program" if made else script}
-    if before.get("script") != script and not keep:
+    if before.get("script") != script:
         raise ValueError(f"{folder} holds what {before.get('script', 'another program')} made: {script} "
                          "writes to a folder of its own, give another name or --out")
     if note.exists():

@@ -200,23 +200,32 @@ def check_id(id, path):
 
 # ---------------------------------------------------------------- labels in three layouts
 
+def index_labels(classes):
+    """What labels.txt may call a class -> its index"""
+    index = {name: k for k, name in enumerate(classes)}
+    index |= {name.replace(" ", "_"): k for name, k in index.items()}
+    return {str(k): k for k in range(len(classes))} | index
+
+
+def split_labels(line):
+    """A line of labels.txt -> its id, then its names"""
+    id, *names = [t.strip() for t in line.split("\t")] if "\t" in line else line.split()
+    return [id, *(plain_blanks(name) for name in names if name)]
+
+
 def read_label_list(path, classes):
     """labels.txt -> {id: class indices}. A line is `id class class ...`: names or indices 0..C-1.
 
     A line with a tab is split at tabs. Else it is split at blanks, and blanks in names are written _."""
-    index = {name: k for k, name in enumerate(classes)}
-    index |= {name.replace(" ", "_"): k for name, k in index.items()}
-    index = {str(k): k for k in range(len(classes))} | index
-    labels = {}
+    index, labels = index_labels(classes), {}
     for number, line in enumerate(files.read_lines(path), 1):
         if not line.strip():
             continue
-        id, *names = [t.strip() for t in line.split("\t")] if "\t" in line else line.split()
+        id, *names = split_labels(line)
         check_id(id, path)
         if id in labels:
             raise ValueError(f"{path}:{number}: {id} has a second line: put its classes on one; "
                              "fields are parted by tabs where a file name holds blanks")
-        names = [plain_blanks(name) for name in names if name]
         if unknown := [name for name in names if name not in index]:
             raise ValueError(f"{path}:{number}: {unknown[0]!r:.100} is not in classes.txt "
                              f"({len(classes)} classes: {', '.join(classes[:4])}, ...); "

@@ -14,6 +14,7 @@ import signal
 import threading
 import time
 from concurrent import futures
+from datetime import timedelta
 from multiprocessing import forkserver
 
 import numpy as np
@@ -24,6 +25,7 @@ from tqdm import tqdm
 
 from plumbing import guard
 
+A_WEEK = timedelta(weeks=1)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
 
@@ -48,7 +50,8 @@ class Run:
         else:                                        # AMX is advertised by some virtual machines that lack it
             os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
         if self.world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+            # Ranks that share images meet when all are done; torchrun ends them all where one dies.
+            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=A_WEEK)
             atexit.register(end_group)
         if self.world > 1:                            # ranks whose torchrun was killed would go on without it
             threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
@@ -159,7 +162,8 @@ class Run:
                 self.cpu_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
             heard = torch.tensor([stop.signal])
             dist.all_reduce(heard, dist.ReduceOp.MAX, self.cpu_group)
-            stop.agreed = stop.signal = heard.item()
+            stop.agreed = heard.item()
+            stop.signal = stop.signal or stop.agreed          # one that came meanwhile is for the next step
         return stop.agreed > 0
 
     def close(self, message=None):

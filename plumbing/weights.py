@@ -1,5 +1,5 @@
-"""The one reader of files of weights, ours and others': no code in them is run, and what comes out is a
-clean state dict, from which a network is made (plumbing/networks.py).
+"""The reader of files of weights that may be others': no code in them is run, and what comes out is a clean
+state dict, from which a network is made (plumbing/networks.py).
 
     content = weights.read("weaktr.pth")
     state, notes = weights.state_of(content, "weaktr.pth")    # notes: what was taken off or left out

@@ -219,12 +219,12 @@ def test_a_folder_belongs_to_the_script_that_made_it(tmp_path, monkeypatch):
     folder = tmp_path / "cam"
     claim(folder, monkeypatch)
     (folder / "a.npy").write_bytes(b"map")
-    for resume in (True, False):
+    for more in ({}, {"resume": False}, {"resume": False, "keep": True}):
         with pytest.raises(ValueError, match="cam holds what make_cam.py made: make_segments.py writes to a"):
-            claim(folder, monkeypatch, "make_segments.py", resume=resume)
+            claim(folder, monkeypatch, "make_segments.py", **more)
     (folder / "recipe.json").unlink()
     with pytest.raises(ValueError, match="cam holds what another program made"):
-        claim(folder, monkeypatch, resume=False)
+        claim(folder, monkeypatch, resume=False, keep=True)
     assert (folder / "a.npy").read_bytes() == b"map"
     (folder / "a.npy").unlink()
     claim(folder, monkeypatch)                                         # empty, it is nobody's

@@ -17,7 +17,7 @@ ROOMS = ("wsss", "plumbing", "toy", "hosts", "ablations", "bench", "tests")
 KNOWS = {  # room -> the rooms it may import; the scripts at the top: wsss and plumbing
     "wsss": set(), "plumbing": {"plumbing"}, "toy": {"wsss", "plumbing", "toy", "hosts"},
     "hosts": {"wsss", "plumbing", "toy", "hosts"},
-    "ablations": {"wsss", "plumbing", "toy", "hosts", "ablations"},
+    "ablations": {"wsss", "plumbing", "toy", "hosts", "bench", "ablations"},
 }
 SCRIPTS = sorted(ROOT.glob("*.py"))
 FILES = SCRIPTS + [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]

@@ -133,3 +133,5 @@ def test_other_projects_read_our_maps(world):
         assert small.dtype == torch.float32 and irn["high_res"].dtype == np.float32
         assert small.shape == (len(cam), *((n - 1) // 4 + 1 for n in size))
         assert irn["keys"].tolist() == LABELS[id] and [type(key) for key in psa] == [int] * len(cam)
+    make(world, out, "--no-resume", "--sheets", "0")          # other maps: the exports are of the old ones
+    refused(call(*flags(world, out, "--format", "irn")), "cam_irn was made with --stride 4 (now 1)")

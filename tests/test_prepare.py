@@ -241,7 +241,8 @@ def test_coco_by_hand(coco, no_pycocotools, tmp_path, crowd):
     assert (out / "JPEGImages" / f"{NINE}.jpg").is_symlink() and folder.image(NINE).shape == (3, 4, 6)
     assert "80 classes, no problems" in done("check", out)
     other = "skip" if crowd != "skip" else "include"
-    refused(prepare("coco", "--coco", coco, "--out", out, "--crowd", other), "masks of another rule")
+    again = prepare("coco", "--coco", coco, "--out", out, "--crowd", other)
+    refused(again, "from another file, or with another --crowd")
 
 
 def test_coco_goes_on_and_repairs_links(coco, no_pycocotools, tmp_path, monkeypatch):
@@ -293,7 +294,7 @@ JSON = "annotations/instances_train2014.json"
     (lambda r: instances(r, "train", [9], TRAIN, [{"id": 1, "name": "cat"}]), "other categories than COCO"),
     (put(f"train2014/{NINE}.jpg", None), f"{NINE}.jpg and 0 more images are missing"),
     (lambda r: instances(r, "train", [9], [(9, 1, {"size": [4, 6], "counts": [7]}, 0)]), "cannot be decoded"),
-    (lambda r: mask(r.parent / f"out/SegmentationClass/{NINE}.png", 5), "masks of another rule")])
+    (lambda r: mask(r.parent / f"out/SegmentationClass/{NINE}.png", 5), "another file, or with another")])
 def test_coco_bad_input(coco, no_pycocotools, tmp_path, change, message):
     change(coco)
     refused(prepare("coco", "--coco", coco, "--out", tmp_path / "out"), message)
@@ -336,7 +337,7 @@ def test_one_file_of_any_ids_and_names(no_pycocotools, tmp_path):
     assert "2 masks are in" in done(*command)                            # a second call finds them
     text = (tmp_path / "mine.json").read_text().replace('"iscrowd": 0', '"iscrowd": 1')
     (tmp_path / "mine.json").write_text(text)                            # corrected and exported again
-    refused(prepare(*command), "holds masks of another rule")
+    refused(prepare(*command), "from another file, or with another --crowd")
 
 
 def test_boxes_give_labels_and_the_images_with_segmentations_are_val(no_pycocotools, tmp_path):
@@ -409,7 +410,7 @@ def test_check_of_own_images_without_lists(mine):
     shutil.rmtree(mine / "ImageSets")
     image(mine / "JPEGImages/forgotten.jpg")
     image(mine / "JPEGImages/a.png")
-    assert f"missing mask: {mine}: a in train.txt has none" in prepare("check", mine).stdout
+    assert f"missing mask: {mine}: a in labels.txt has none" in prepare("check", mine).stdout
     shutil.rmtree(mine / "SegmentationClass")
     text = done("check", mine)
     assert "train: 3 ids, 3 images, 0 with a mask, 3 with labels" in text
@@ -502,3 +503,8 @@ def test_masks_of_90_ids_are_found_and_remapped_once_and_none_without_proof(tmp_
     refused(prepare("remap", root), "holds no label 81..90")
     write(root / "classes.txt", "cat\n")
     refused(prepare("remap", root), "does not list COCO's 80 classes")
+    write(root / "classes.txt", "".join(f"{name}\n" for name in COCO_CLASSES))
+    write(root / "labels.txt", "a\tperson\ttraffic\u00a0light\nb stop_sign\nc fire_hydrant\n")
+    assert "is not in classes.txt" not in prepare("check", root).stdout       # a no-break space is a blank
+    shutil.rmtree(folder)
+    refused(prepare("remap", root), "SegmentationClass is missing: remap is for a folder of masks")

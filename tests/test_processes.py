@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import arguments, run_together
 
-from plumbing import files, flags, processes
+from plumbing import files, flags, guard, processes
 from plumbing.processes import Run
 
 # ---------------------------------------------------------------- several processes
@@ -79,6 +79,17 @@ def test_mean_of_some_values_and_of_none(tmp_path):
     loss = run.mean(torch.zeros(0, 2) @ w)
     loss.backward()
     assert loss == 0 and w.grad.tolist() == [0, 0]
+
+
+def test_a_signal_that_comes_while_ranks_agree_is_for_the_next_step(tmp_path, monkeypatch):
+    """The handler runs when the call returns, before its result is read."""
+    run, stop = Run(arguments(tmp_path)), guard.Stop()
+    monkeypatch.setattr(guard, "STOP", stop)
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda *_: setattr(stop, "signal", 15))
+    run.world, run.cpu_group = 2, "gloo"
+    assert not run.stopping() and stop.signal == 15
+    monkeypatch.setattr(processes.dist, "all_reduce", lambda *_: None)
+    assert run.stopping() and stop.agreed == 15
 
 
 # ---------------------------------------------------------------- device, precision, seed

@@ -3,6 +3,7 @@ told to do; each line is then parsed by its script, or done in this process on a
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -94,7 +95,8 @@ def test_what_is_refused(shell):
             ({}, ["no COCO given", "train2014.zip"]), ({"METHOD": "clipes"}, ["METHOD=clipes", "clip_es"]),
             ({"HOST": "resnet"}, ["HOST=resnet", "weaktr, clims or fma"]), ({"NET": "unet"}, ["NET=unet"]),
             ({"NET": "deeplab_coco"}, ["NET=deeplab_coco", "no DEEPLAB"]),
-            ({"HOST": "clims", "METHOD": "vpl"}, ["HOST=clims", "METHOD=semples"])):
+            ({"HOST": "clims", "METHOD": "vpl"}, ["HOST=clims", "METHOD=semples"]),
+            ({"NET": "segmenter", "METHOD": "vpl"}, ["NET=segmenter", "VPL has its own"])):
         for script in ("run_coco.sh", "run_voc.sh") if variables else ("run_coco.sh",):
             done, lines = shell(script, **variables, **({"COCO": "x", "VOC": "x"} if variables else {}))
             refused(done, script, *words)
@@ -109,16 +111,21 @@ def test_a_stage_that_fails_ends_the_run(shell):
 
 CHOICES = [{}, {"METHOD": "vpl"}, {"METHOD": "clip_es"}, {"HOST": "clims"}, {"HOST": "fma"},
            {"NET": "segmenter"}, {"HOST": "clims", "NET": "mask2former"},
-           {"NET": "deeplab_coco", "DEEPLAB": "coco.pth"}]
+           {"METHOD": "clip_es", "NET": "segmenter"}, {"NET": "deeplab_coco", "DEEPLAB": "coco.pth"}]
+
+
+def of_line(script, root, look):
+    """-> flags and variables of a run on a prepared folder, which is not prepared again."""
+    (root / "JPEGImages").mkdir()
+    variables = {script[4:-3].upper(): root, "SEED": 3, "INIT": "init.pth", "START": "none",
+                 "CLIP32": "32.pt", "CLIP16": "16.pt", "OUT": root / "out", **look}
+    return ["--limit", "64", "--device", "cpu", "--workers", "16", "--batch-size", "3"], variables
 
 
 @pytest.mark.parametrize("script,look", [("run_voc.sh", {}), ("run_coco.sh", {"LOOK": 1})])
 def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, script, look):
     """Every method, host and network; START, INIT, SEED, CLIP32 and the rest of the line reach the stages."""
-    (tmp_path / "JPEGImages").mkdir()                         # a prepared folder is not prepared again
-    more = {script[4:-3].upper(): tmp_path, "SEED": 3, "INIT": "init.pth", "START": "none",
-            "CLIP32": "32.pt", "CLIP16": "16.pt", "OUT": tmp_path / "out", **look}
-    flags = ["--limit", "64", "--device", "cpu", "--workers", "16", "--batch-size", "3"]
+    flags, more = of_line(script, tmp_path, look)
     for choice in CHOICES:
         done, lines = shell(script, *flags, **more, **choice)
         assert done.returncode == 0, done.stderr
@@ -149,11 +156,19 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
             assert given["split"] == scored.get(name, "train_aug" if script == "run_voc.sh" else "train")
             if "seg" in words:
                 assert (given["preset"] == "segmenter") == (choice.get("NET") == "segmenter")
+
+
+@pytest.mark.parametrize("script,look", [("run_voc.sh", {}), ("run_coco.sh", {"LOOK": 1})])
+def test_the_same_lines_on_gpus_and_machines(shell, monkeypatch, tmp_path, script, look):
+    flags, more = of_line(script, tmp_path, look)
     alone = shell(script, *flags, **more)[1]
     assert {parse(words, monkeypatch)["amp"] for words in alone} == {"auto"}
     shutil.rmtree(tmp_path / "out")
     more["GPU"] = 1
     assert shell(script, *flags, **more)[1] == alone          # --device cpu
+    shutil.rmtree(tmp_path / "out")
+    joined = shell(script, *flags[:2], "--device=cpu", *flags[4:], **more)[1]
+    assert {parse(words, monkeypatch)["amp"] for words in joined} == {"auto"}
     shutil.rmtree(tmp_path / "out")
     flags = flags[:2] + flags[4:]
     at = [words.index("--device") for words in alone]         # without: fp16, as the authors
@@ -175,6 +190,8 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
     for lost in ({"NODE": 1}, {"HEAD": "h:29500"}, {"NODE": 0, "HEAD": "h"}):
         done, lines = shell(script, NODES=2, **more, **lost)
         assert done.returncode == 1 and not lines and "NODES=2 needs NODE" in done.stderr.splitlines()[-1]
+    done, lines = shell(script, NODE=1, **more)
+    assert done.returncode == 1 and not lines and "NODE=1 needs NODES" in done.stderr
 
 
 # ---------------------------------------------------------------- a second call, folders, paths
@@ -203,6 +220,9 @@ def test_what_is_finished_is_passed_over_without_python(shell, tmp_path):
     for _ in range(2):                                        # is never passed over
         assert len(toy_run("--no-resume")[1]) == len(lines)
     toy_run()
+    world.rename(tmp_path / "elsewhere")                      # a link to the data, as is usual
+    world.symlink_to(tmp_path / "elsewhere")
+    assert toy_run()[1] == lines and not toy_run()[1]
     (world / "labels.txt").write_text("a cow\n")
     done, rest = toy_run(FAIL="train_cls.py")
     assert done.returncode == 3 and rest == lines[:3]
@@ -245,6 +265,23 @@ def test_look_and_seeds_have_folders_of_their_own_and_paths_are_the_callers(shel
     assert lines[1][lines[1].index("--clip") + 1] == str(here / "b32.pt")
     assert str(here / "deeplab.pth") in lines[-3]
     assert "ViT-B/16" in shell("run_voc.sh", VOC="v", METHOD="vpl", where=here)[1][0]
+
+
+def test_at_a_time_limit_the_script_waits_for_its_stage(tmp_path):
+    """Slurm ends what bash has started once bash is gone."""
+    (tmp_path / "stage.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), print('saved'), sys.exit(143)))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(60)\n")
+    line = f"source {ROOT}/setup.sh; OUT=$0 DATA=$0 stage $0/stage.py; echo after"
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    bash = subprocess.Popen(["bash", "-c", line, tmp_path], env={**os.environ, "PATH": path}, text=True,
+                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+    while bash.stdout.readline() != "begun\n":
+        assert bash.poll() is None
+    os.killpg(bash.pid, signal.SIGTERM)
+    assert bash.communicate(timeout=60)[0] == "saved\n" and bash.returncode == 143
 
 
 # ---------------------------------------------------------------- the lines, done on a stand-in of VOC
