@@ -54,7 +54,7 @@ if [ -d "$COCO/JPEGImages" ]; then
 else
     stage prepare_data.py coco --coco "$COCO" --out "$DATA"
 fi
-# As the authors: fp16 on a GPU. --statistics imagenet: so they feed CLIP, but for CLIMS.
+# As the authors: fp16 on a GPU. --mask-fill imagenet: so they feed CLIP, but for CLIMS.
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 
@@ -78,7 +78,7 @@ elif [ "$METHOD" = semples ]; then
     # hardware, time, score: not yet measured (paper: V100s; it scores neither maps nor masks here).
     # Classifier: WeakTr's rate, 2e-4 x batch / 512.
     augment="--crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 --weight-decay 0.03"
-    match="--lambda-b 0.75 --mask-eps 0.1 --statistics imagenet"
+    match="--lambda-b 0.75 --mask-eps 0.1 --mask-fill imagenet"
     stage train_cls.py "${shared[@]}" --split train --generator deit_small --backbone "$START" \
         ${init[@]+"${init[@]}"} --pool avg --reduction 4 --batch-size 64 --epochs 60 --lr 2.5e-5 --warmup 5 \
         --warmup-lr 1e-6 --min-lr 1e-5 $augment $once
@@ -86,7 +86,7 @@ elif [ "$METHOD" = semples ]; then
         60 --lr 3.2e-7 $match $augment $once
     stage train_prompt.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 128 \
         --epochs 60 --lr 2.5e-3 --weight-decay 0.03 --lambda-t 0.01 --lambda-i 1 --repel one_minus \
-        --prompt-length 30 --prompt-init uniform --views 0 --mask-eps 1e-4 --statistics imagenet --crop 224 \
+        --prompt-length 30 --prompt-init uniform --views 0 --mask-eps 1e-4 --mask-fill imagenet --crop 224 \
         --min-scale 0.08 $once
     stage train_refine.py "${shared[@]}" --split train --clip "$CLIP32" --pool avg --batch-size 24 --epochs \
         60 --lr 2.4e-7 --lambda-refine 0.2 $match $augment $once

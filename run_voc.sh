@@ -51,7 +51,7 @@ START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} small=${LOOK:+--crop 64}
 few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 --crop-layers 0}
 [ -z "${SBD:-}" ] || stage prepare_data.py voc --voc "$VOC" --sbd "$SBD"
-# As the authors: fp16 on a GPU. --statistics imagenet: so they feed CLIP, but for CLIMS.
+# As the authors: fp16 on a GPU. --mask-fill imagenet: so they feed CLIP, but for CLIMS.
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10" scored=pseudo
 
@@ -75,7 +75,7 @@ elif [ "$METHOD" = semples ]; then
     # hardware, time, score: not yet measured (paper: V100s; maps on train 68.7). Its 78.4 of masks, 73.9 of
     # DeepLab are among the SAM-based rows: HOST=fma NET=deeplab. With CRF and Segmenter, 74.2: NET=segmenter.
     augment="--crop 224 --min-scale 0.08 --randaugment --erase 0.25 --drop-path 0.1 --weight-decay 0.03"
-    match="--lambda-b 2.4 --mask-eps 0.1 --statistics imagenet"
+    match="--lambda-b 2.4 --mask-eps 0.1 --mask-fill imagenet"
     stage train_cls.py "${shared[@]}" --split train_aug --generator deit_small --backbone "$START" \
         ${init[@]+"${init[@]}"} --pool max --reduction 8 --batch-size 64 --epochs 60 --lr 7.5e-5 --warmup 5 \
         --warmup-lr 1e-6 --min-lr 1e-5 $augment $once
@@ -83,7 +83,7 @@ elif [ "$METHOD" = semples ]; then
         --epochs 60 --lr 6.4e-5 $match $augment $once
     stage train_prompt.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 128 \
         --epochs 60 --lr 0.025 --weight-decay 0.03 --lambda-t 0.02 --lambda-i 1 --repel one_minus \
-        --prompt-length 30 --prompt-init uniform --views 0 --mask-eps 1e-4 --statistics imagenet --crop 224 \
+        --prompt-length 30 --prompt-init uniform --views 0 --mask-eps 1e-4 --mask-fill imagenet --crop 224 \
         --min-scale 0.08 $once
     stage train_refine.py "${shared[@]}" --split train_aug --clip "$CLIP32" --pool max --batch-size 64 \
         --epochs 60 --lr 6.4e-5 --lambda-refine 0.05 $match $augment $once

@@ -35,9 +35,9 @@ def parse():
     # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b).
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1,
                    help="m = (c - min) / (max - min + eps): a small map stays a weak mask")
-    g.add_argument("--statistics", choices=["clip", "imagenet"], default="clip",
-                   help="what normalises the pixels that CLIP sees: its own mean and deviation, or "
-                        "ImageNet's as in the authors' code; a removed pixel is the mean")
+    g.add_argument("--mask-fill", choices=["mean", "imagenet"], default="mean",
+                   help="a removed pixel is the mean colour; imagenet: and all pixels that CLIP sees are "
+                        "normalised by ImageNet's statistics, as in the authors' code")
     g.add_argument("--pool", choices=["max", "avg"],
                    help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
     g.add_argument("--train-backbone", action="store_true", help="train all of S, as the paper can be read")
@@ -84,7 +84,7 @@ def main():
             maps, _ = S(images)                                                       # (B, C, h, w)
             maps = losses.resize_map(maps[b, k], clip.size)                           # (P, H, W), CLIP's size
             masks = losses.mask_from_map(maps, args.mask_eps)
-            x_f, x_b = losses.split_regions(clip.normalize(images, args.statistics)[b], masks)
+            x_f, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
             v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b])).chunk(2)             # (P, D) each
         loss = run.mean(losses.match_loss(v_f, v_b, u_f[k], args.lambda_b))           # Eq. 1
 

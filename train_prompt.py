@@ -17,6 +17,8 @@ and epoch e trains on crop e mod V, without an image encoder; V = EPOCHS equals 
     python train_prompt.py --data /data/COCO --out runs/coco --split train --lr 2.5e-3 --lambda-t 0.01 \\
         --pool avg
 """
+import argparse
+
 import torch
 
 from plumbing import checkpoints, flags, folders, guard, networks, processes, samples
@@ -44,9 +46,9 @@ def parse():
     # From the authors' code, not in the paper: eps 0.1 in (a) and (c), 1e-4 in (b); rates, batches of (b).
     g.add_argument("--mask-eps", type=flags.above_zero, default=1e-4,
                    help="m = (c - min) / (max - min + eps): a small map becomes a full mask here")
-    g.add_argument("--statistics", choices=["clip", "imagenet"], default="clip",
-                   help="what normalises the pixels that CLIP sees: its own mean and deviation, or "
-                        "ImageNet's as in the authors' code; a removed pixel is the mean")
+    g.add_argument("--mask-fill", choices=["mean", "imagenet"], default="mean",
+                   help="a removed pixel is the mean colour; imagenet: and all pixels that CLIP sees are "
+                        "normalised by ImageNet's statistics, as in the authors' code")
     g.add_argument("--pool", choices=["max", "avg"],
                    help="S's attention fusion, max: VOC, avg: COCO; left out: as in the file of S, else max")
     g.add_argument("--epochs", type=flags.positive, default=60)
@@ -55,6 +57,8 @@ def parse():
     g.add_argument("--weight-decay", type=flags.number, default=0.03)
     g.add_argument("--crop", type=flags.positive, default=224, help="side of the random crop in pixels")
     g.add_argument("--min-scale", type=flags.fraction, default=0.08, help="least share of an image in a crop")
+    g.add_argument("--randaugment", action=argparse.BooleanOptionalAction, default=False)
+    g.add_argument("--erase", type=flags.share, default=0.0, help="probability of random erasing")
     flags.training(p)
     return p.parse_args()
 
@@ -66,7 +70,7 @@ def encode_background(clip, S, images, b, k, args):
     maps = losses.resize_map(maps[b, k], clip.size)                                   # (P, H, W), CLIP's size
     # CLIMS's maps are sigmoids, not scaled; its (a) and (c) are hosts/train_clims.py.
     masks = maps if S.maps_are_masks else losses.mask_from_map(maps, args.mask_eps)
-    _, x_b = losses.split_regions(clip.normalize(images, args.statistics)[b], masks)
+    _, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
     return clip.encode_normalized(x_b), masks.mean((1, 2))
 
 
@@ -131,7 +135,7 @@ def main():
     processes.seed_all(args.seed)                             # not what loading S has left of chance
     model = clip_model.BackgroundPrompts(clip, len(folder.classes), args.prompt_length, args.prompt_init)
 
-    augment = samples.train_transform(args.crop, args.min_scale)
+    augment = samples.train_transform(args.crop, args.min_scale, args.randaugment, args.erase)
     loader = samples.loader(samples.Samples(folder, ids, augment, args.seed), run, args)
     optimizer = torch.optim.AdamW(model.parameters(), args.lr, weight_decay=args.weight_decay)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.epochs * len(loader))

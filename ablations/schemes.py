@@ -40,8 +40,8 @@ def parse():
     g.add_argument("--mask-eps", type=flags.above_zero, default=0.1, help="eps of the masks where S trains")
     g.add_argument("--prompt-mask-eps", type=flags.above_zero, default=1e-4,
                    help="eps of the masks in the rounds of (b), alternate only")
-    g.add_argument("--statistics", choices=["clip", "imagenet"], default="clip",
-                   help="of the pixels that CLIP sees, as in train_match.py")
+    g.add_argument("--mask-fill", choices=["mean", "imagenet"], default="mean",
+                   help="what CLIP sees, as in train_match.py")
     g.add_argument("--pool", choices=["max", "avg"],
                    help="pooling of S's attention fusion, as in train_match.py")
     g.add_argument("--train-backbone", action="store_true", help="train all of S")
@@ -129,7 +129,7 @@ def split_images(clip, S, images, b, k, eps, args):
     """Of the pairs (b, k): X_f = M X and X_b = (1 - M) X, (P, 3, H, W) of CLIP's input, and M (P, H, W)."""
     maps = losses.resize_map(S(images)[0][b, k], clip.size)
     masks = losses.mask_from_map(maps, eps)
-    return *losses.split_regions(clip.normalize(images, args.statistics)[b], masks), masks
+    return *losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks), masks
 
 
 def encode_prompts(prompts, labels, run):

@@ -90,7 +90,7 @@ class Here:
         return match + LAMBDA * losses.refine_loss(v_f, self.u_b[k]).mean()
 
     def encode_background(self, images, labels):
-        args = argparse.Namespace(mask_eps=EPS_PROMPT, statistics="clip")
+        args = argparse.Namespace(mask_eps=EPS_PROMPT, mask_fill="mean")
         b, k = pairs_of(labels, images.device)
         return train_prompt.encode_background(self.clip, self.S, images, b, k, args)[0]
 

@@ -56,8 +56,8 @@ def parse():
                    help="weight lambda of L_refine, for --stage refine")
     g.add_argument("--init", help="generator to start from instead: CLIMS's, IRN's, or one of ours")
     flags.clip(g, "ViT-B/32")
-    g.add_argument("--statistics", choices=["clip", "imagenet"], default="clip",
-                   help="of the pixels that CLIP sees, as in train_match.py")
+    g.add_argument("--mask-fill", choices=["mean", "imagenet"], default="mean",
+                   help="what CLIP sees, as in train_match.py")
     g.add_argument("--epochs", type=flags.positive, default=15, help="(COCO: 8)")
     g.add_argument("--lr", type=flags.number, default=2.5e-4, help="SGD's rate, poly 0.9 to 0 (COCO: 5e-4)")
     g.add_argument("--head-rate", type=flags.above_zero, default=10.0,
@@ -119,7 +119,7 @@ def main():
         with run.autocast():
             maps = S(images)[0]                                                       # (B, C, h, w) in (0, 1)
             masks = losses.resize_map(maps[b, k], clip.size)                # (P, H, W) of CLIP's input
-            x_f, x_b = losses.split_regions(clip.normalize(images, args.statistics)[b], masks)
+            x_f, x_b = losses.split_regions(clip.normalize(images, args.mask_fill)[b], masks)
             v_f, v_b = clip.encode_normalized(torch.cat([x_f, x_b])).chunk(2)             # (P, D) each
         match = run.mean(losses.match_loss(v_f, v_b, u_f[k], args.lambda_b))          # Eq. 1: OTM, BTM
         refine = torch.zeros_like(match)

@@ -52,7 +52,8 @@ class Run:
         if self.world > 1 and not dist.is_initialized():
             # Ranks that share images meet when all are done; torchrun ends them all where one dies.
             dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo", timeout=A_WEEK)
-            atexit.register(end_group)
+            if self.device.type == "cpu":
+                atexit.register(end_group)
         if self.world > 1:                            # ranks whose torchrun was killed would go on without it
             threading.Thread(target=end_with_parent, args=(os.getppid(),), daemon=True).start()
         self.cpu_group = None                            # a group of processes that talks through main memory
@@ -159,11 +160,11 @@ class Run:
         if self.world > 1:
             if self.cpu_group is None:
                 gloo = self.device.type == "cpu"
-                self.cpu_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo")
+                self.cpu_group = dist.group.WORLD if gloo else dist.new_group(backend="gloo", timeout=A_WEEK)
             heard = torch.tensor([stop.signal])
             dist.all_reduce(heard, dist.ReduceOp.MAX, self.cpu_group)
             stop.agreed = heard.item()
-            stop.signal = stop.signal or stop.agreed          # one that came meanwhile is for the next step
+            stop.signal = stop.agreed or stop.signal          # one that came meanwhile is for the next step
         return stop.agreed > 0
 
     def close(self, message=None):
@@ -172,6 +173,8 @@ class Run:
             print(message)
         if dist.is_initialized():
             dist.barrier()
+            if self.device.type == "cuda":          # NCCL's end waits for all ranks: not after an error
+                atexit.register(end_group)
         guard.release()
 
 

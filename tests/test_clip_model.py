@@ -35,12 +35,12 @@ CLIP = torch.tensor([[0.48145466, 0.4578275, 0.40821073],
 IMAGENET = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]])[..., None, None]
 
 
-@pytest.mark.parametrize("statistics", ["clip", "imagenet"])
-def test_images_are_encoded_as_openais_and_a_removed_pixel_is_the_mean(clip, model, statistics):
+@pytest.mark.parametrize("fill", ["mean", "imagenet"])
+def test_images_are_encoded_as_openais_and_a_removed_pixel_is_the_mean(clip, model, fill):
     images = torch.rand(3, 3, 48, 40)
     resized = F.interpolate(images, (32, 32), mode="bicubic", antialias=True).clamp(0, 1)
-    mean, std = {"clip": CLIP, "imagenet": IMAGENET}[statistics]
-    normalized = clip.normalize(images, statistics)
+    mean, std = {"mean": CLIP, "imagenet": IMAGENET}[fill]
+    normalized = clip.normalize(images, fill)
     assert_close(normalized, (resized - mean) / std)
     with torch.no_grad():
         want = F.normalize(model.encode_image(torch.zeros(3, 3, 32, 32)), dim=-1)

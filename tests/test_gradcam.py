@@ -157,13 +157,13 @@ def test_native_size_is_clips_own_forward(clip):
     assert_close(wide[1:].view(4, 8, -1)[1, 3], 0.75 * row[1] + 0.25 * row[2])
 
 
-@pytest.mark.parametrize("size, grid", [
-    ((375, 500), (24, 32)), ((333, 500), (21, 32)), ((366, 500), (23, 32)), ((17, 3), (2, 1)),
-    ((64, 48), (4, 3))])
-def test_any_size_is_resized_to_the_next_patches_upwards(size, grid):
+@pytest.mark.parametrize("size, target, grid", [
+    ((375, 500), None, (24, 32)), ((333, 500), None, (21, 32)), ((366, 500), None, (23, 32)),
+    ((17, 3), None, (2, 1)), ((64, 48), None, (4, 3)), ((64, 48), (100, 65), (7, 5))])
+def test_any_size_is_resized_to_the_next_patches_upwards(size, target, grid):
     clip = random_clip(vision_patch_size=16)
     images = torch.rand(1, 3, *size).round()                      # bicubic overshoots hard edges
-    x, _, got = gradcam.last_inputs(clip, images, layers=1)
+    x, _, got = gradcam.last_inputs(clip, images, layers=1, size=target)
     resized = F.interpolate(images, (16 * grid[0], 16 * grid[1]), mode="bicubic", antialias=True).clamp(0, 1)
     assert got == grid and x.shape == (1, 1 + grid[0] * grid[1], 128)
     assert_close(x, gradcam.last_inputs(clip, resized, layers=1)[0], 1e-5)

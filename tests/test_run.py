@@ -142,7 +142,7 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
             assert [given[flag] for flag in machine] == [64, "cpu", 16, 3, 3]
             if name in ("train_match", "train_prompt", "train_refine", "hosts.train_clims", "vpl"):
                 assert given["clip"] == ("16.pt" if name == "vpl" else "32.pt")
-                assert given.get("statistics", "imagenet") == "imagenet" or choice.get("HOST") == "clims"
+                assert given.get("mask_fill", "imagenet") == "imagenet" or choice.get("HOST") == "clims"
             if "backbone" in given:
                 assert (given["backbone"], given["init"]) == ("none", "init.pth")
             if name in ("train_seg", "hosts.train_mask2former"):

@@ -89,12 +89,12 @@ def first_batch(world, randaugment, erase):
     return [(image, labels.nonzero().flatten().tolist()) for image, labels, _ in batch]
 
 
-def regions(model, S, image, k, eps, statistics):
+def regions(model, S, image, k, eps, fill):
     """M of class k, and CLIP's features of M X and (1 - M) X."""
     m = F.interpolate(S.maps(image[None])[:, [k]], (16, 16), mode="bilinear", align_corners=True)[0, 0]
     m = (m - m.min()) / (m.max() - m.min() + eps)
-    mean = {"imagenet": [0.485, 0.456, 0.406], "clip": [0.48145466, 0.4578275, 0.40821073]}[statistics]
-    std = {"imagenet": [0.229, 0.224, 0.225], "clip": [0.26862954, 0.26130258, 0.27577711]}[statistics]
+    mean = {"imagenet": [0.485, 0.456, 0.406], "mean": [0.48145466, 0.4578275, 0.40821073]}[fill]
+    std = {"imagenet": [0.229, 0.224, 0.225], "mean": [0.26862954, 0.26130258, 0.27577711]}[fill]
     mean, std = torch.tensor(mean).view(3, 1, 1), torch.tensor(std).view(3, 1, 1)
     x = F.interpolate(image[None], (16, 16), mode="bicubic", antialias=True).clamp(0, 1)[0]
     seen = m * (x - mean) / std, (1 - m) * (x - mean) / std
@@ -141,7 +141,7 @@ def gradients(monkeypatch):
 
 @pytest.mark.parametrize("script,more", [
     ("train_match.py", {}), ("train_match.py", {"lambda-b": 0.75, "mask-eps": 0.01}),
-    ("train_match.py", {"statistics": "imagenet", "raw-names": None}),
+    ("train_match.py", {"mask-fill": "imagenet", "raw-names": None}),
     ("train_prompt.py", {}), ("train_prompt.py", {"repel": "log", "lambda-i": 0.5, "lambda-t": 0.3}),
     ("train_refine.py", {}), ("train_refine.py", {"prompts": "random", "lambda-refine": 2.0}),
     ("train_refine.py", {"init": "match.pt", "lambda-refine": 2.0})],
@@ -174,7 +174,7 @@ def test_a_scripts_own_step_is_the_papers_equations(world, tmp_path, gradients, 
     for image, classes in first_batch(world, not prompts_train, 0 if prompts_train else 0.25):
         for k in classes:
             eps = more.get("mask-eps", 1e-4 if prompts_train else 0.1)
-            m, v_f, v_b = regions(model, S, image, k, eps, more.get("statistics", "clip"))
+            m, v_f, v_b = regions(model, S, image, k, eps, more.get("mask-fill", "mean"))
             u_f = text(model, names[k])
             areas.append(m.mean())
             if prompts_train:                                 # Eq. 2

@@ -75,7 +75,7 @@ class FrozenClip(nn.Module):
         digest.update(b"plain GELU" if any(isinstance(m, nn.GELU) for m in self.model.modules()) else b"")
         return digest.hexdigest()[:16]
 
-    def normalize(self, images, statistics="clip"):
+    def normalize(self, images, fill="mean"):
         """(B, 3, H, W) RGB in [0, 1] -> (B, 3, size, size), what CLIP's image encoder expects.
 
         SemPLeS multiplies it by a mask: a removed pixel is 0, the mean colour."""
@@ -83,7 +83,7 @@ class FrozenClip(nn.Module):
             images = F.interpolate(images, (self.size, self.size), mode="bicubic", antialias=True,
                                    align_corners=False)
             images = images.clamp(0, 1)  # bicubic overshoots at edges; CLIP's transform clips
-        if statistics == "imagenet":
+        if fill == "imagenet":
             # From the authors' code, not in the paper: CLIP is fed with pixels normalised for the DeiT.
             return (images - self.imagenet_mean) / self.imagenet_std
         return (images - self.mean) / self.std

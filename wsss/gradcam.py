@@ -26,12 +26,12 @@ def at_least_float32(x):
 # ---------------------------------------------------------------- the forward pass
 
 @torch.no_grad()
-def last_inputs(clip, images, layers=8):
+def last_inputs(clip, images, layers=8, size=None):
     """RGB in [0, 1] (B, 3, H, W) -> last block's input x (B, 1 + N, width), attention (B, N, N), grid (h, w)
 
     The attention is the mean of the last `layers` blocks, the last one included, as in CLIP-ES.
     """
-    inputs, attention, grid = run_blocks(clip, images, look=layers)
+    inputs, attention, grid = run_blocks(clip, images, size, look=layers)
     return inputs[-1], torch.stack(attention).mean(0), grid
 
 
@@ -43,11 +43,12 @@ def block_outputs(clip, images):
 
 
 @torch.no_grad()
-def run_blocks(clip, images, look=0):
+def run_blocks(clip, images, size=None, look=0):
     """-> each block's input, (B, 1 + N, width); attention of each of the last `look` blocks; grid (h, w)
 
     Attention is that between patches, (B, N, N), the mean over heads. Only blocks looked at hold one: the
-    memory of the others grows with N, not N^2. Images are resized to the next multiples of the patch upwards.
+    memory of the others grows with N, not N^2. Images, or `size` (H, W) if given, are resized to the next
+    multiples of the patch upwards.
     """
     visual = clip.model.visual
     if not hasattr(visual, "transformer"):
@@ -55,7 +56,7 @@ def run_blocks(clip, images, look=0):
                          "GradCAM reads a vision transformer, take ViT-B/16")
     patch = visual.conv1.kernel_size[0]
     # From the authors' code, not in the paper: CLIP-ES rounds upwards, 375 x 500 pixels are 24 x 32 patches.
-    h, w = (-(-n // patch) for n in images.shape[-2:])
+    h, w = (-(-n // patch) for n in size or images.shape[-2:])
     if images.shape[-2:] != (h * patch, w * patch):
         images = F.interpolate(images, (h * patch, w * patch), mode="bicubic", antialias=True)
         images = images.clamp(0, 1)
