@@ -147,7 +147,7 @@ def main():
     maps, weights, shown = (open_clip if by_clip else open_generator)(args, folder, run)
 
     unused = UNUSED.get(args.source, CLIP_FLAGS)
-    for place in (where, exported) if args.format else (where,):
+    for place in (exported, where) if args.format else (where,):
         checkpoints.open_folder(place, args, run, FREE + unused, weights=weights, classes=folder.classes)
 
     def finished(id):

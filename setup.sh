@@ -40,7 +40,9 @@ has_venv() {
 
 make_venv() {
     echo "setup.sh: making .venv from requirements.txt, once (torch is large: minutes)" >&2
-    .venv/bin/python -c '' 2>/dev/null || rm -rf .venv          # its python was removed
+    if [ -e .venv ] && ! .venv/bin/python -c '' 2>/dev/null; then        # its python was removed
+        mv .venv ".venv.broken.$$"
+    fi
     rm -f .venv/complete .venv/complete-tests
     if ! "$PYTHON" -m venv .venv; then
         echo "setup.sh: no .venv could be made; if python has no venv module: apt install python3-venv" >&2

@@ -11,8 +11,8 @@ Writes  <out>/prototypes.pt, <out>/prototypes.last.pt (to resume), <out>/prototy
    to the background if 1 - map is at least --phi, else to neither. A pixel is a patch of CLIP.
 2. P' = softmax(x . Z / tau_T) over all columns, rows whose maximum exceeds --harden made one-hot; x: the
    pixel's value in the last block, taken to CLIP's joint space.
-   So by default, with --phi up to .5, every pixel is marked and P' does not ask as what: neither maps nor
-   image labels reach W. They do with a higher --phi, --no-background-pixels, --no-learn-background,
+   So by default, with --phi up to .5, every pixel is marked, and P' does not depend on its mark: neither maps
+   nor image labels reach W. They do with a higher --phi, --no-background-pixels, --no-learn-background,
    --label-mask, --target hard or --pool region.
 3. W starts at Z and minimises the mean of KL(P' || P), P = softmax(x . W / tau_I) over all columns, by
    projected gradient descent. The log's loss is the mean of -sum P' log P, larger by the entropy of P'.
@@ -48,7 +48,7 @@ def parse():
                    help="refined inside boxes around what is above this share of a map's maximum (COCO: 0.7)")
     flags.max_side(g)
     g.add_argument("--phi", type=flags.fraction, default=0.4,
-                   help="least map value of a marked pixel (Table 6); up to .5 all are marked")
+                   help="least map value of a marked pixel (Table 6); up to .5 all, with background")
     g.add_argument("--background-pixels", action=argparse.BooleanOptionalAction, default=True,
                    help="mark background pixels too; --no-background-pixels: only the seeds of classes")
     # Not in the paper: a bound. VOC's train_aug has about 7 million pixels (patches of CLIP).

@@ -124,7 +124,7 @@ def open_folder(folder, args, run, free, keep=False, **facts):
     if before.get("script") != script:
         raise ValueError(f"{folder} holds what {before.get('script', 'another program')} made: {script} "
                          "writes to a folder of its own, give another name or --out")
-    if note.exists():
+    if note.exists() and made:
         try:
             same_facts(folder, before, args, free, facts)
         except ValueError:
