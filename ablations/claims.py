@@ -18,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ablations import pairs, vpl_tables
-from bench import tables
-from plumbing import files, flags, guard
+from plumbing import files, flags, guard, markdown
 
 
 def parse():
@@ -151,7 +150,7 @@ def main():
     verdicts = [line[-1] for line in lines]
     kinds = "yes", "in part", "no", "not measured"
     count = ", ".join(f"{verdicts.count(kind)} {kind}" for kind in kinds if kind in verdicts)
-    text = f"{tables.markdown(['claim', 'paper (VOC)', 'toy', 'shows?'], lines)}\n\n{count}."
+    text = f"{markdown.table(['claim', 'paper (VOC)', 'toy', 'shows?'], lines)}\n\n{count}."
     print(text)
     if args.write:
         pairs.write("ablations.claims", text)

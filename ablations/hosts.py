@@ -20,8 +20,7 @@ import argparse
 import numpy as np
 
 from ablations import pairs
-from bench import tables
-from plumbing import guard
+from plumbing import guard, markdown
 
 ROWS = {"cnn": ["cnn", "cnn + SemPLeS"], "clims": ["CLIMS", "CLIMS, longer", "CLIMS + SemPLeS"],
         "segments": ["text, segments", "cnn, segments", "cnn + SemPLeS, segments"]}
@@ -120,7 +119,7 @@ def table(done, names, columns):
         lines.append([name, *values, *less, other or ""])
     split = {"maps": "maps, train", "masks": "masks, train", "network": "network, val"}
     head = [text for column in columns for text in (split[column], "by pair")]
-    return tables.markdown(["", *head, *columns, "to"], lines)
+    return markdown.table(["", *head, *columns, "to"], lines)
 
 
 def main():

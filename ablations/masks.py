@@ -15,8 +15,7 @@ The truth only scores, but for the last row. Draws 100 and 101 chose the preset 
 import numpy as np
 
 from ablations import pairs
-from bench import tables
-from plumbing import guard
+from plumbing import guard, markdown
 
 SPLIT = {"maps": "train", "masks": "train", "masks, weaktr": "train", "masks, irn": "train",
          "net on maps": "val", "net on masks": "val", "net on truth": "val"}
@@ -52,7 +51,7 @@ def table(done):
     less = {name: f"{pairs.interval(of[name] - of[other])} to {other}" for name, other in AGAINST.items()}
     lines = [[name, split, f"{of[name].mean():.1f}", pairs.each(of[name]), less.get(name, "")]
              for name, split in SPLIT.items()]
-    return tables.markdown(["", "split", "mIoU", "by pair", "paired difference"], lines)
+    return markdown.table(["", "split", "mIoU", "by pair", "paired difference"], lines)
 
 
 def main():

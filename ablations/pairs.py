@@ -15,8 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bench import tables
-from plumbing import files, flags
+from plumbing import files, flags, markdown
 
 # ---------------------------------------------------------------- the stages and their recipe
 
@@ -175,4 +174,4 @@ def each(values):
 
 def write(mark, text):
     """Puts a table between its marks in docs/results.md."""
-    tables.put(files.ROOT / "docs/results.md", mark, text)
+    markdown.put(files.ROOT / "docs/results.md", mark, text)

@@ -117,7 +117,7 @@ def learn_prompts(phase, keeper, S, prompts, clip, u_f, run, args):
         with run.autocast():
             with torch.no_grad():
                 _, x_b, masks = split_images(clip, S, images, b, k, args.prompt_mask_eps, args)
-                v_b = clip.encode_normalized(x_b)        # (P, D)
+                v_b = clip.encode_normalized(x_b)                             # (P, D)
             u_b = encode_prompts(prompts, labels, run)
         prompt = run.mean(losses.prompt_loss(u_b, v_b, u_f[k], args.lambda_t, args.repel))            # Eq. 2
         take_step(keeper, prompt, match=none, refine=none, prompt=prompt, mask=run.mean(masks.mean((1, 2))))

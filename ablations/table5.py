@@ -23,8 +23,7 @@ import argparse
 import numpy as np
 
 from ablations import pairs
-from bench import tables
-from plumbing import folders, guard
+from plumbing import folders, guard, markdown
 from plumbing.maps import load_cam, resize_maps
 from toy import drawings
 
@@ -125,7 +124,7 @@ def table(done, rows):
                 for other in ("match", "random")]
         means = [f"{np.mean([pair.rows[name][share] for pair in done]):.3f}" for share in shares]
         lines.append([name, f"{of[name].mean():.1f}", pairs.each(of[name]), *less, *means])
-    return tables.markdown(["row", "mIoU", "by pair", "- match", "- random", *shares], lines)
+    return markdown.table(["row", "mIoU", "by pair", "- match", "- random", *shares], lines)
 
 
 def main():

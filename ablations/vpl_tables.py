@@ -28,8 +28,7 @@ import numpy as np
 import torch
 
 from ablations import pairs
-from bench import tables
-from plumbing import checkpoints, guard
+from plumbing import checkpoints, guard, markdown
 
 RATIO = 9                                                     # tau_I / tau_T
 SOFT, LABELS, PATCH = ["--harden", "0"], ["--label-mask"], ["--features", "patch"]
@@ -153,7 +152,7 @@ def main_table(done, clips):
             lines.append([c, name, *means, pairs.each(of[name]["CRF"]), *less, gap])
     head = ["CLIP", "row", "maps @.4", "maps @.5", "masks", "masks by draw", "@.4 - softened text", "@.5",
             "masks", "gap"]
-    return tables.markdown(head, lines)
+    return markdown.table(head, lines)
 
 
 def sweep_table(done, clips):
@@ -165,7 +164,7 @@ def sweep_table(done, clips):
         lines.append([name, *(f"{values.mean():.1f}" for values in vision.values()), *less,
                       show_gap([pair.rows[name]["gap"] for pair in done])])
     head = ["", "vision @.4", "@.5", "- text at the same temperature, @.4", "@.5", "gap"]
-    return tables.markdown(head, lines)
+    return markdown.table(head, lines)
 
 
 PHASE2 = {  # what the table calls it: row, column, what it is compared with
@@ -189,7 +188,7 @@ def phase2_table(done, clips):
     for name, (_, _, other) in PHASE2.items():
         less = f"{pairs.interval(of[name] - of[other])} to {other}" if other else ""
         lines.append([name, f"{of[name].mean():.1f}", pairs.each(of[name]), less])
-    return tables.markdown(["row", "val mIoU", "by draw", "paired difference"], lines)
+    return markdown.table(["row", "val mIoU", "by draw", "paired difference"], lines)
 
 
 def main():

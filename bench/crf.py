@@ -24,7 +24,7 @@ from PIL import Image
 
 import make_pseudo
 from bench import inputs, tables
-from plumbing import flags, processes
+from plumbing import flags, markdown, processes
 from plumbing.maps import resize_maps, save_cam
 from toy import drawings
 
@@ -111,8 +111,8 @@ def main():
         for backend in args.backends:
             worker, main_process = growth(run(small, many, backend, max(args.workers), device))
             memory.append([backend, *(f"{mb:.1f}" for mb in (*worker, *main_process))])
-    first = tables.markdown(["backend", *(f"{n} workers, images/s" for n in args.workers)], speeds)
-    second = tables.markdown([f"memory over {args.many} images, {max(args.workers)} workers, MB",
+    first = markdown.table(["backend", *(f"{n} workers, images/s" for n in args.workers)], speeds)
+    second = markdown.table([f"memory over {args.many} images, {max(args.workers)} workers, MB",
                               "worker: first tenth", "last", "main process: first tenth", "last"], memory)
     facts = (f"{args.size[0]}x{args.size[1]}, 3 labels, backend torch on {args.device}; memory at "
              f"{args.small[0]}x{args.small[1]}.")

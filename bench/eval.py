@@ -20,7 +20,7 @@ from PIL import Image
 
 import eval as stage
 from bench import inputs, tables
-from plumbing import flags, folders, processes
+from plumbing import flags, folders, markdown, processes
 from plumbing.maps import resize_maps, save_cam, shrink_maps
 from plumbing.masks import IGNORE, save_mask
 
@@ -112,7 +112,7 @@ def main():
              f"{tables.ratio(times[MANY], times[name]):.1f}"] for name in ways]
     facts = (f"{args.images} images of {args.size[0]}x{args.size[1]}, maps at 1/{args.stride}, "
              f"{len(THRESHOLDS)} thresholds; median of {args.runs} runs.")
-    tables.show("bench.eval", args.write, tables.markdown(["", "ms an image", "ratio"], rows), facts)
+    tables.show("bench.eval", args.write, markdown.table(["", "ms an image", "ratio"], rows), facts)
 
 
 if __name__ == "__main__":

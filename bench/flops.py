@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from bench import inputs, tables
-from plumbing import flags
+from plumbing import flags, markdown
 from wsss import clip_model, generator
 
 CPU = ["--split", "train", "--device", "cpu", "--workers", 0, "--amp", "off"]
@@ -75,7 +75,7 @@ def main():
         parts = count_parts(root)
         found = {name: count_step(root, args.batch, *stage) for name, stage in STEPS.items()}
     least = minimum(parts, args.batch, args.pairs)
-    table = tables.markdown(["step", "GFLOP here", "minimum", "here / minimum"],
+    table = markdown.table(["step", "GFLOP here", "minimum", "here / minimum"],
                             [[name, f"{found[name]:,.0f}", f"{least[name]:,.0f}",
                               f"{found[name] / least[name]:.3f}"] for name in STEPS])
     each = ", ".join(f"{name} {value:.1f}" for name, value in parts.items())

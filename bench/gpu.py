@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 import train_seg
 from bench import inputs, maps, prototypes, steps, tables
-from plumbing import files, flags, folders, networks, processes
+from plumbing import files, flags, folders, markdown, networks, processes
 from wsss import clip_model, crf, generator, gradcam, losses, texts
 
 REAL = {"clip32": {"patch": 32}, "clip16": {"patch": 16}, "deit": {}, "crop": 224, "batch": 64, "pairs": 100,
@@ -250,7 +250,7 @@ def part_table(found, peak):
                      f"{of['images'] / of['seconds']:,.3g}" if of["images"] else "",
                      "" if of["peak"] is None else f"{of['peak']:.2f}", f"{rate:.3g}" if rate else "",
                      f"{100 * rate / peak:.1f} %" if rate else ""])
-    return tables.markdown(["part", "ms", "images/s", "peak GB", "TFLOP/s", "of the matrix peak"], rows)
+    return markdown.table(["part", "ms", "images/s", "peak GB", "TFLOP/s", "of the matrix peak"], rows)
 
 
 def hours_table(found, bench):
@@ -275,7 +275,7 @@ def hours_table(found, bench):
                               ("VPL's decoder, 30,000 steps", f"decoder {amp}", 30_000)):
         voc = count * found[part].get("seconds", math.nan) / 3600
         rows.append([name, f"{voc:.3g}", f"{voc * (5 if part.startswith('DeepLab') else 1):.3g}"])
-    return tables.markdown(["hours, extrapolated", "VOC", "COCO"], rows)
+    return markdown.table(["hours, extrapolated", "VOC", "COCO"], rows)
 
 
 def show(found, bench, write):

@@ -20,7 +20,7 @@ from unittest import mock
 import torch
 
 from bench import inputs, tables
-from plumbing import flags, folders, images, samples
+from plumbing import flags, folders, images, markdown, samples
 
 RECIPES = {"(a), (c)": {"randaugment": True, "erase": 0.25}, "(b)": {}}
 SCRIPTS = {"(a), (c)": "train_match.py", "(b)": "train_prompt.py"}
@@ -104,7 +104,7 @@ def main():
     head = ["augmentation of", "images", *(f"{n} workers" for n in args.workers), "step takes",
             "workers for it"]
     facts = f"Images a second; a step of {args.batch} images with {args.pairs} pairs, amp {args.amp}."
-    tables.show("bench.input", args.write, tables.markdown(head, rows), facts, args.device)
+    tables.show("bench.input", args.write, markdown.table(head, rows), facts, args.device)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 
 from bench import inputs, tables
 from make_cam import make_maps
-from plumbing import flags
+from plumbing import flags, markdown
 from wsss import clip_model, generator, gradcam
 
 BACKGROUNDS, SCALE, BOX, SCALES = 25, 100, 0.4, [1.0, 1.2]
@@ -119,7 +119,7 @@ def clip_table(args):
         rows.append([P, *(f"{count[name]:,.0f}" for name in ways),
                      *(f"{statistics.median(times[name]):.3g}" for name in ("network", "block", "here")),
                      *(f"{tables.ratio(times[a], times[b]):.2f}" for a, b in ratios)])
-    return tables.markdown(["classes", "network, GFLOP", "block", "here", "forward", "network, s", "block, s",
+    return markdown.table(["classes", "network, GFLOP", "block", "here", "forward", "network, s", "block, s",
                             "here, s", "network / here", "block / here",
                             "here / forward"], rows)
 
@@ -178,7 +178,7 @@ def generator_table(args):
     times = tables.take_turns(ways, args.runs, args.device)
     rows = [[name, f"{statistics.median(times[name]) / args.images:.3g}",
              f"{tables.ratio(times['one by one'], times[name]):.2f}"] for name in ways]
-    return tables.markdown(["maps of S", "s an image", "one by one / here"], rows)
+    return markdown.table(["maps of S", "s an image", "one by one / here"], rows)
 
 
 def parse():

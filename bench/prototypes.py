@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from bench import tables
-from plumbing import flags
+from plumbing import flags, markdown
 from wsss import losses
 
 
@@ -37,7 +37,7 @@ def make_table(sizes, runs, device):
         times = [tables.seconds(step, device) for _ in range(runs)]
         took = statistics.median(times)
         rows.append([f"{n:,}", D, M, f"{took:.4f}", f"{1e9 * took / (n * D * M):.3f}"])
-    return tables.markdown(["pixels n", "channels D", "columns M", "s a step", "ns a step and n D M"], rows)
+    return markdown.table(["pixels n", "channels D", "columns M", "s a step", "ns a step and n D M"], rows)
 
 
 def parse():

@@ -22,7 +22,7 @@ from unittest import mock
 import torch
 
 from bench import inputs, tables
-from plumbing import files, flags, processes
+from plumbing import files, flags, markdown, processes
 
 # ---------------------------------------------------------------- one measurement, in its own process
 
@@ -174,7 +174,7 @@ def main():
             found["growth"] = ["", "seconds", "MB"], rows
     facts = f"{args.batch} images a step, {args.images} in a folder, amp {args.amp}."
     for name, (head, rows) in found.items():
-        tables.show(f"bench.scale {name}", args.write, tables.markdown(head, rows), facts, args.device)
+        tables.show(f"bench.scale {name}", args.write, markdown.table(head, rows), facts, args.device)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 
 import train_prompt
 from bench import inputs, tables
-from plumbing import files, flags, folders, processes
+from plumbing import files, flags, folders, markdown, processes
 from wsss import clip_model, generator, losses, texts
 
 LAMBDA_B, LAMBDA_T, LAMBDA, EPS, EPS_PROMPT = 2.4, 0.02, 0.05, 0.1, 1e-4              # VOC
@@ -269,7 +269,7 @@ def make_table(found, rows):
         lines.append([row, *(f"{n:,.0f}" for n in count), *(f"{s:.3g}" for s in median),
                       f"{tables.ratio(*times):.1f}", *(f"{gb:.2f}" for gb in peaks),
                       *(f"{n / 1e3 / s:.3g}" for n, s in zip(count, median))])
-    return tables.markdown(head, lines)
+    return markdown.table(head, lines)
 
 
 def parse():

@@ -19,7 +19,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from plumbing import files, flags
+from plumbing import files, flags, markdown
 
 PAGE = files.ROOT / "docs/benchmarks.md"
 
@@ -91,12 +91,6 @@ def gflop(function):
 
 # ---------------------------------------------------------------- tables
 
-def markdown(head, rows):
-    """A list of names and lists of cells -> a table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 def machine(device="cpu"):
     """The processor or GPU, and the versions that decide speed."""
     if torch.device(device).type == "cuda":
@@ -118,14 +112,4 @@ def show(mark, write, table, facts, device="cpu"):
     text = f"{machine(device)}. {facts}\n\n{table}"
     print(text, flush=True)
     if write:
-        put(PAGE, mark, text)
-
-
-def put(page, mark, text):
-    """Replaces what stands between a mark and the next <!-- end --> of a page."""
-    start, end = f"<!-- {mark} -->", "<!-- end -->"
-    before, found, rest = page.read_text().partition(start)
-    old, closed, after = rest.partition(end)
-    if not found or not closed or "<!--" in old:
-        raise ValueError(f"{page} has no lines {start} and {end}: add them where the table belongs")
-    page.write_text(f"{before}{start}\n{text}\n{end}{after}")
+        markdown.put(PAGE, mark, text)

@@ -11,13 +11,13 @@ import pytest
 from conftest import ROOT
 
 # Every module of plumbing imports only modules before it.
-ORDER = ("files foreign flags guard processes log checkpoints weights clip_files images masks maps exports "
-         "sheets segments folders augment samples scores page networks").split()
+ORDER = ("files foreign markdown flags guard processes log checkpoints weights clip_files images masks maps "
+         "exports sheets segments folders augment samples scores page networks").split()
 ROOMS = ("wsss", "plumbing", "toy", "hosts", "ablations", "bench", "tests")
 KNOWS = {  # room -> the rooms it may import; the scripts at the top: wsss and plumbing
     "wsss": set(), "plumbing": {"plumbing"}, "toy": {"wsss", "plumbing", "toy", "hosts"},
     "hosts": {"wsss", "plumbing", "toy", "hosts"},
-    "ablations": {"wsss", "plumbing", "toy", "hosts", "bench", "ablations"},
+    "ablations": {"wsss", "plumbing", "toy", "hosts", "ablations"},
 }
 SCRIPTS = sorted(ROOT.glob("*.py"))
 FILES = SCRIPTS + [path for room in ROOMS for path in sorted((ROOT / room).rglob("*.py"))]
