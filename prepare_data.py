@@ -365,8 +365,8 @@ def prepare_coco(args):
     readme = masks / "README.txt"
     painted = readme.exists() or files_by_id(masks, ".png")
     if painted and not (readme.exists() and readme.read_text(encoding="utf-8") == rule):
-        raise ValueError(f"{masks} was made from another file, or with another --crowd than {args.crowd} "
-                         f"({readme.name} says from which): give another --out, or remove the folder")
+        raise ValueError(f"{masks} holds masks that are not of these files with --crowd {args.crowd}: "
+                         "give another --out, or remove the folder")
     jobs = [job for members in splits.values() for job in members]
     if any(job.mask for job in jobs):
         require("pycocotools.mask", "pycocotools", "COCO's segmentations")

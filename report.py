@@ -17,6 +17,7 @@ itself; colours of masks are VOC's, dotted grey is 255.
 """
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 
@@ -436,9 +437,9 @@ def main():
     for out in filter(None, [args.out, args.vpl]):
         if not out.is_dir():
             raise FileNotFoundError(f"{out} is missing: a report is of a folder that stages have written to")
-    run = processes.Run(args)
-    if run.world > 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise ValueError("one process makes the page: run report.py without torchrun")
+    run = processes.Run(args)
     path = args.out / "report.html"
     guard.claim(path)
     second = args.vpl or args.out / "vpl"

@@ -54,7 +54,7 @@ if [ -d "$COCO/JPEGImages" ]; then
 else
     stage prepare_data.py coco --coco "$COCO" --out "$DATA"
 fi
-# As the authors: fp16 on a GPU. --mask-fill imagenet: so they feed CLIP, but for CLIMS.
+# As the authors: fp16 on a GPU, and but for CLIMS what CLIP sees normalised by ImageNet's statistics.
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10"
 

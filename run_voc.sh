@@ -51,7 +51,7 @@ START=${START:-imagenet} CLIP32=${CLIP32:-ViT-B/32} CLIP16=${CLIP16:-ViT-B/16}
 once=${LOOK:+--epochs 1} steps=${LOOK:+--steps 20} small=${LOOK:+--crop 64}
 few=${LOOK:+--iterations 2 --batch-size 2 --crop 64} points=${LOOK:+--points 2 --crop-layers 0}
 [ -z "${SBD:-}" ] || stage prepare_data.py voc --voc "$VOC" --sbd "$SBD"
-# As the authors: fp16 on a GPU. --mask-fill imagenet: so they feed CLIP, but for CLIMS.
+# As the authors: fp16 on a GPU, and but for CLIMS what CLIP sees normalised by ImageNet's statistics.
 shared=(--data "$DATA" --out "$OUT" --seed "${SEED:-0}" --amp "$(precision "$@")") more=("$@") spread=1
 init=(${INIT:+--init "$INIT"}) crf="--crf --iterations 10" scored=pseudo
 

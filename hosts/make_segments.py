@@ -271,8 +271,8 @@ def main():
     folder = folders.Folder(args.data)
     ids = folder.ids(args.split, args.limit)
     sam, facts = None, {}
-    same = "sam" if args.source == "sam" else "amp"           # what the segments do not depend on
-    free = "split", "limit", "batch_size", "seed", "points_per_batch", same
+    unused = "sam" if args.source == "sam" else "amp"         # SAM's weights are among the facts
+    free = "split", "limit", "batch_size", "seed", "points_per_batch", unused
     if args.source == "sam":
         sam = Sam(args, run)
         shards = sorted(Path(sam.folder).glob("*.safetensors")) or sorted(Path(sam.folder).glob("*.bin"))

@@ -242,7 +242,7 @@ def test_coco_by_hand(coco, no_pycocotools, tmp_path, crowd):
     assert "80 classes, no problems" in done("check", out)
     other = "skip" if crowd != "skip" else "include"
     again = prepare("coco", "--coco", coco, "--out", out, "--crowd", other)
-    refused(again, "from another file, or with another --crowd")
+    refused(again, "that are not of these files with --crowd")
 
 
 def test_coco_goes_on_and_repairs_links(coco, no_pycocotools, tmp_path, monkeypatch):
@@ -294,7 +294,7 @@ JSON = "annotations/instances_train2014.json"
     (lambda r: instances(r, "train", [9], TRAIN, [{"id": 1, "name": "cat"}]), "other categories than COCO"),
     (put(f"train2014/{NINE}.jpg", None), f"{NINE}.jpg and 0 more images are missing"),
     (lambda r: instances(r, "train", [9], [(9, 1, {"size": [4, 6], "counts": [7]}, 0)]), "cannot be decoded"),
-    (lambda r: mask(r.parent / f"out/SegmentationClass/{NINE}.png", 5), "another file, or with another")])
+    (lambda r: mask(r.parent / f"out/SegmentationClass/{NINE}.png", 5), "that are not of these files")])
 def test_coco_bad_input(coco, no_pycocotools, tmp_path, change, message):
     change(coco)
     refused(prepare("coco", "--coco", coco, "--out", tmp_path / "out"), message)
@@ -337,7 +337,7 @@ def test_one_file_of_any_ids_and_names(no_pycocotools, tmp_path):
     assert "2 masks are in" in done(*command)                            # a second call finds them
     text = (tmp_path / "mine.json").read_text().replace('"iscrowd": 0', '"iscrowd": 1')
     (tmp_path / "mine.json").write_text(text)                            # corrected and exported again
-    refused(prepare(*command), "from another file, or with another --crowd")
+    refused(prepare(*command), "that are not of these files with --crowd")
 
 
 def test_boxes_give_labels_and_the_images_with_segmentations_are_val(no_pycocotools, tmp_path):

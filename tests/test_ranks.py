@@ -74,7 +74,7 @@ def test_two_machines_are_one(world, tmp_path, tiny_clip):
         for agent in agents:
             text = agent.communicate(timeout=120)[0]
             assert agent.returncode == 0, text
-            assert "left at the end: " in text and "gloo" not in text
+            assert "gloo" not in text and ("left at the end: " in text or not os.path.exists("/proc"))
     finally:
         for agent in agents:                                  # bash and what it has started
             if agent.poll() is None:

@@ -156,5 +156,4 @@ def test_what_is_missing_names_its_command(world, tmp_path, monkeypatch):
     write(tmp_path / "cam/recipe.json", {"args": {"source": "cls"}, "classes": ["dog"]})
     refused(call(*line), "cam/recipe.json", "other classes (1: dog)")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     refused(call(*line), "run report.py without torchrun")

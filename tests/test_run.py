@@ -153,6 +153,9 @@ def test_every_line_parses_whatever_is_chosen(shell, monkeypatch, tmp_path, scri
             scored = {"eval": "val" if "seg" in words else "train", "report": "train"}
             if given.get("pseudo") == "pseudo_whole" and not given.get("ignore_below"):      # scored alone
                 scored["make_pseudo"] = "train"
+            if given.get("what") == "pseudo":
+                whole = "METHOD" in choice and script == "run_voc.sh"
+                assert given["pseudo"] == ("pseudo_whole" if whole else "pseudo")
             assert given["split"] == scored.get(name, "train_aug" if script == "run_voc.sh" else "train")
             if "seg" in words:
                 assert (given["preset"] == "segmenter") == (choice.get("NET") == "segmenter")

@@ -161,6 +161,17 @@ def test_the_decoders_step_is_equations_12_to_14(world, tmp_path, weight, more):
     assert not any("conv1" in name for name in content["model"])          # CLIP is not stored
 
 
+def test_a_decoder_begun_from_another_reads_the_prototypes_that_are_there(world, tmp_path):
+    content = checkpoints.load(world / "prototypes.pt")
+    W = content["model"]["prototypes"].flip(1)
+    checkpoints.save(tmp_path / "prototypes.pt", **{**content, "model": {"prototypes": W}, "tau_i": 0.25})
+    start = world / "clip_decoder/seg.pt"
+    finish(world, tmp_path, "--init", start, "--iterations", "1", "--lr", "1e-9", model="clip_decoder")
+    before, after = weights(start), weights(tmp_path / "seg.pt")
+    assert torch.equal(after["prototypes"], W) and after["tau"] == 0.25 and before["tau"] == 0.5
+    torch.testing.assert_close(after["mix.weight"], before["mix.weight"])
+
+
 # ---------------------------------------------------------------- what trains, and at which rate
 
 def test_rates_fall_to_zero_and_frozen_batchnorm_stays(world, tmp_path):
